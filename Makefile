@@ -1,0 +1,36 @@
+# Everything a newcomer needs: `make pipeline`, then `make test`.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: install lint type test pipeline bench docs clean
+
+install: .venv/.installed ## virtual environment with pinned versions
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+lint: install type ## formatting, lint rules, import layers, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+type: install
+	$(BIN)/mypy
+
+test: install ## all tests
+	$(BIN)/pytest -n 2
+
+pipeline: install ## demo data, extract, distill, evaluate, report
+	$(BIN)/kdhiera demo
+	$(BIN)/kdhiera pretrain configs/demo.yaml
+
+bench: install ## figures of docs/performance.md
+	$(BIN)/python -m benchmarks
+
+docs: install ## checks that every link in the docs leads somewhere
+	$(BIN)/pytest -q tests/test_docs.py
+
+clean: ## everything that was made
+	rm -rf .venv demo-data caches runs

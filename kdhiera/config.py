@@ -1,0 +1,552 @@
+"""Every setting of a run: one YAML file, dotted overrides after it, typed once here.
+
+`load(path, overrides)` is the only way in. Models are frozen and refuse unknown keys,
+with the nearest valid key in the message. Paths stay as written, relative to the folder
+the command runs in.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from kdhiera.errors import UsageError
+from kdhiera.grid import Grid
+from kdhiera.masking import MaskPlan, MaskSpec, Scope, Strategy
+from kdhiera.views import CropPolicy, FramePolicy, ViewPolicy
+
+Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Precision = Literal["auto", "fp32", "bf16"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,40}$")]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Section):
+    """Where the videos are.
+
+    Attributes:
+        shards: WebDataset tar shards: paths, globs or brace patterns.
+        video_extensions: Members with these extensions are videos.
+        max_bad_fraction: Extraction stops when more than this share of the samples is
+            bad (at least 20 samples seen).
+    """
+
+    shards: tuple[str, ...]
+    video_extensions: tuple[str, ...] = ("mp4", "avi", "mkv", "webm", "mov", "mpg", "mpeg", "m4v")
+    max_bad_fraction: Fraction = 0.1
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+
+class ClipConfig(Section):
+    """Size of a clip in frames and pixels; see `kdhiera.grid`."""
+
+    num_frames: int = 16
+    height: int = 224
+    width: int = 224
+
+    @property
+    def grid(self) -> Grid:
+        """The clip's grid; raises `UsageError` if the geometry is impossible."""
+        return Grid(num_frames=self.num_frames, height=self.height, width=self.width)
+
+
+class ViewsConfig(Section):
+    """How views are drawn; `num` views of every video are cached.
+
+    Attributes:
+        num: Views of every video; view v is shown in epochs v, v + num, ...
+        frames: `dense` (K400-like) or `uniform` (SSv2-like).
+        frame_stride: Frames between sampled frames, for `dense`.
+        crop: `random_resized` or `center`.
+        crop_scale: Range of the crop's share of the frame's area.
+        crop_ratio: Range of its aspect ratio, relative to the clip's.
+        flip: Mirror every second view (leave off where left and right mean something).
+        allow_short: Repeat frames in videos shorter than a clip.
+        seed: View seed.
+    """
+
+    num: int = Field(2, ge=1, le=1000)
+    frames: FramePolicy = FramePolicy.DENSE
+    frame_stride: int = Field(4, ge=1)
+    crop: CropPolicy = CropPolicy.RANDOM_RESIZED
+    crop_scale: tuple[Fraction, Fraction] = (0.5, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    flip: bool = False
+    allow_short: bool = False
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
+            raise ValueError(f"crop_scale must be 0 < low <= high, got {list(self.crop_scale)}")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"crop_ratio must be 0 < low <= high, got {list(self.crop_ratio)}")
+        return self
+
+
+class DecodeConfig(Section):
+    """Limits and backend of the decoding children; see `docs/decoding.md`.
+
+    Attributes:
+        backend: `auto` looks at the file and picks; `decord`; `pyav`.
+        num_children: Decoding processes an actor keeps; 0 means one a CPU of the actor.
+        deadline_seconds: A clip that takes longer becomes `decode_timeout`.
+        max_frame_pixels: Larger frames become `decode_limit`.
+        max_duration_seconds: Longer videos become `decode_limit`.
+        max_video_bytes: Larger members become `decode_limit`.
+        max_memory_bytes: Address space of a child.
+        clips_per_child: A child is replaced after this many clips.
+    """
+
+    backend: Literal["auto", "decord", "pyav"] = "auto"
+    num_children: int = Field(0, ge=0, le=256)
+    deadline_seconds: float = Field(20.0, gt=0)
+    max_frame_pixels: int = Field(8192 * 4320, gt=0)
+    max_duration_seconds: float = Field(4 * 3600.0, gt=0)
+    max_video_bytes: int = Field(2 << 30, gt=0)
+    max_memory_bytes: int = Field(4 << 30, gt=0)
+    clips_per_child: int = Field(1000, ge=1)
+
+
+class TeacherConfig(Section):
+    """One frozen teacher.
+
+    Attributes:
+        kind: `timm` (an image ViT) or `module` (a factory of the user's own).
+        model: timm model name, for `timm`.
+        factory: `package.module:function`, for `module`.
+        options: Passed to the factory, for `module`.
+        weights: A safetensors or `.pth` file; None takes timm's own from the hub.
+        layers: Blocks whose output is a target (1-based count of blocks done), or `norm`.
+        weight: Share of this teacher's loss in the total.
+        precision: Compute precision; `auto` is bf16 where the hardware multiplies it.
+    """
+
+    kind: Literal["timm", "module"]
+    model: str | None = None
+    factory: str | None = None
+    options: Mapping[str, Any] = {}
+    weights: str | None = None
+    layers: tuple[str, ...] = Field(min_length=1)
+    weight: float = Field(1.0, ge=0)
+    precision: Precision = "auto"
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layer_names(cls, value: object) -> object:
+        if isinstance(value, list | tuple):
+            return tuple(str(v) for v in value)
+        return value
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        needed = {"timm": "model", "module": "factory"}[self.kind]
+        if getattr(self, needed) is None:
+            raise ValueError(f"a teacher of kind {self.kind} needs `{needed}`")
+        return self
+
+
+class ScoresConfig(Section):
+    """Where the scores come from that masks are drawn from.
+
+    Attributes:
+        teacher: Name of the teacher.
+        source: `cls_attention`: attention of the last block's CLS token (UMT), or
+            `uniform`: every unit alike.
+    """
+
+    teacher: str
+    source: Literal["cls_attention", "uniform"] = "cls_attention"
+
+
+class MaskPlanConfig(Section):
+    """What training may show: the cache keeps the union of it.
+
+    Attributes:
+        keep: `plan` keeps what the strategies can show; `all` keeps every unit.
+        strategies: Strategies that training may use.
+        ratio: Lowest mask ratio that training may use.
+        draws: Masks a view.
+        scope: `slot` shows the same number of units in every slot; `clip` does not.
+        seed: Mask seed.
+    """
+
+    keep: Literal["plan", "all"] = "plan"
+    strategies: tuple[Strategy, ...] = Field((Strategy.ATTENTION,), min_length=1)
+    ratio: Ratio = 0.8
+    draws: int = Field(2, ge=1, le=1000)
+    scope: Scope = Scope.SLOT
+    seed: int = 0
+
+
+class CacheConfig(Section):
+    """The teacher cache.
+
+    Attributes:
+        dir: Folder of the cache.
+        encoding: How features are stored: `fp32`, or `int8` with a scale a token.
+        mode: `cached` trains from the cache, `live` runs decoder and teachers in the loop.
+        allow_partial: Train although some shards, views or columns are not there yet.
+    """
+
+    dir: str
+    encoding: Literal["fp32", "int8"] = "int8"
+    mode: Literal["cached", "live"] = "cached"
+    allow_partial: bool = False
+
+
+class ExtractConfig(Section):
+    """How extraction runs; none of this changes what is stored.
+
+    Attributes:
+        device: `auto`, `cpu` or `cuda`.
+        batch_size: Clips in one teacher pass; halved when memory runs out.
+        num_actors: Ray actors; 0 means one a GPU, or one for every `cpus_per_actor`.
+        cpus_per_actor: CPUs of an actor.
+        max_attempts: Tries at a shard before it is given up.
+        stall_seconds: An actor silent for longer is killed and replaced.
+        lease_seconds: An attempt older than this may not publish any more.
+    """
+
+    device: str = "auto"
+    batch_size: int = Field(16, ge=1)
+    num_actors: int = Field(0, ge=0)
+    cpus_per_actor: int = Field(1, ge=1)
+    max_attempts: int = Field(3, ge=1)
+    stall_seconds: float = Field(600.0, gt=0)
+    lease_seconds: float = Field(24 * 3600.0, gt=0)
+
+
+class RayConfig(Section):
+    """The Ray cluster.
+
+    Attributes:
+        enabled: Off runs the same code in this process.
+        address: None starts Ray on this machine; `auto` or an address joins a cluster.
+    """
+
+    enabled: bool = True
+    address: str | None = None
+
+
+class StudentConfig(Section):
+    """The masked 3-D Hiera.
+
+    Attributes:
+        size: Named size; see `kdhiera.student.hiera`.
+        drop_path: Rate of the last block, rising linearly from 0.
+        taps: Where heads read, one for every teacher layer in order: `stage3.mid`,
+            `stage3.end`, `stage4.end`; None spreads a teacher's layers over these.
+    """
+
+    size: Literal["nano", "tiny", "small", "base", "base_plus", "large", "huge"] = "base"
+    drop_path: Fraction = 0.1
+    taps: Mapping[str, tuple[str, ...]] | None = None
+
+
+class ObjectiveConfig(Section):
+    """What the student is asked for, and under which masks.
+
+    Attributes:
+        teachers: Teachers that train the student; None means all.
+        layers: Layers by teacher; None means all that are cached.
+        normalise: `layer_norm`, `standardize` (statistics of the cache), `l2`, `none`.
+        loss: `smooth_l1`, `mse` or `cosine`.
+        beta: Where smooth L1 turns linear.
+        strategy: Mask strategy; must be planned in the cache.
+        ratio: Mask ratio; None takes the plan's.
+    """
+
+    teachers: tuple[str, ...] | None = None
+    layers: Mapping[str, tuple[str, ...]] | None = None
+    normalise: Literal["layer_norm", "standardize", "l2", "none"] = "layer_norm"
+    loss: Literal["smooth_l1", "mse", "cosine"] = "smooth_l1"
+    beta: float = Field(1.0, gt=0)
+    strategy: Strategy = Strategy.ATTENTION
+    ratio: Ratio | None = None
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layer_names(cls, value: object) -> object:
+        if isinstance(value, Mapping):
+            return {k: tuple(str(x) for x in v) for k, v in value.items()}
+        return value
+
+
+class TrainConfig(Section):
+    """Optimisation.
+
+    Attributes:
+        epochs: Passes over the samples.
+        max_steps: Stop after this many steps; None means the epochs decide.
+        batch_size: Clips of an optimiser step.
+        lr: Learning rate for 256 clips a step; scaled linearly with the batch size.
+        min_lr: Where the cosine ends (not scaled).
+        warmup_epochs: Linear warm-up.
+        betas: AdamW's.
+        weight_decay: Not on norms, biases and position embeddings.
+        clip_grad: Largest gradient norm; None means no clipping.
+        precision: Autocast; `auto` is bf16 where the hardware multiplies it.
+        device: `auto`, `cpu` or `cuda`.
+        seed: Decides initial weights, sample order and drop-path.
+        log_every: Steps between metric lines.
+        save_every: Epochs between checkpoints.
+        keep_last: Checkpoints kept.
+        prefetch: Batches read ahead.
+        num_threads: CPU threads of the loop; 0 leaves torch's own choice.
+    """
+
+    epochs: int = Field(400, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(256, ge=1)
+    lr: float = Field(1.5e-4, gt=0)
+    min_lr: float = Field(1e-6, ge=0)
+    warmup_epochs: float = Field(40.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.05, ge=0)
+    clip_grad: float | None = Field(None, gt=0)
+    precision: Precision = "auto"
+    device: str = "auto"
+    seed: int = 0
+    log_every: int = Field(10, ge=1)
+    save_every: int = Field(1, ge=1)
+    keep_last: int = Field(2, ge=1)
+    prefetch: int = Field(3, ge=1)
+    num_threads: int = Field(0, ge=0)
+
+
+class EvaluateConfig(Section):
+    """Frozen evaluation on labelled shards.
+
+    Attributes:
+        train: Labelled shards that neighbours and probes learn from.
+        validation: Labelled shards the probes' regularisation is chosen on.
+        test: Labelled shards that are reported.
+        labels: Label names in the samples' JSON; empty takes all that are found.
+        frame_stride: Frames between sampled frames.
+        neighbours: k of k-NN.
+        temperature: Of the weighted k-NN vote.
+        batch_size: Clips in one forward.
+        resamples: Of the bootstrap.
+        seed: Of the random-init student and the bootstrap.
+    """
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    frame_stride: int = Field(4, ge=1)
+    neighbours: int = Field(20, ge=1)
+    temperature: float = Field(0.07, gt=0)
+    batch_size: int = Field(32, ge=1)
+    resamples: int = Field(2000, ge=100)
+    seed: int = 0
+
+    @field_validator("train", "validation", "test", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+
+class RunConfig(Section):
+    """A whole run; the sections are documented at their classes."""
+
+    name: Name
+    run_dir: str
+    data: DataConfig
+    clip: ClipConfig = ClipConfig()
+    views: ViewsConfig = ViewsConfig()
+    decode: DecodeConfig = DecodeConfig()
+    teachers: Mapping[Name, TeacherConfig] = Field(min_length=1)
+    scores: ScoresConfig
+    masks: MaskPlanConfig = MaskPlanConfig()
+    cache: CacheConfig
+    extract: ExtractConfig = ExtractConfig()
+    ray: RayConfig = RayConfig()
+    student: StudentConfig = StudentConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _ = self.clip.grid
+        named: list[tuple[str, Iterable[str]]] = [("scores.teacher", (self.scores.teacher,))]
+        named.append(("objective.teachers", self.objective.teachers or ()))
+        named.append(("objective.layers", self.objective.layers or ()))
+        named.append(("student.taps", self.student.taps or ()))
+        for key, names in named:
+            for name in names:
+                if name not in self.teachers:
+                    raise ValueError(
+                        f"{key} names `{name}`, but the teachers are: {', '.join(self.teachers)}"
+                    )
+        for name, layers in self.objective_layers.items():
+            missing = set(layers) - set(self.teachers[name].layers)
+            if missing:
+                raise ValueError(
+                    f"objective.layers.{name} asks for {sorted(missing)}, but "
+                    f"teachers.{name}.layers has {list(self.teachers[name].layers)}"
+                )
+        return self
+
+    @property
+    def view_policy(self) -> ViewPolicy:
+        """What the cached views are drawn from."""
+        v, c = self.views, self.clip
+        return ViewPolicy(
+            num_frames=c.num_frames,
+            height=c.height,
+            width=c.width,
+            frames=v.frames,
+            frame_stride=v.frame_stride,
+            crop=v.crop,
+            crop_scale=v.crop_scale,
+            crop_ratio=v.crop_ratio,
+            flip=v.flip,
+            allow_short=v.allow_short,
+            seed=v.seed,
+        )
+
+    @property
+    def mask_plan(self) -> MaskPlan:
+        """What the cache keeps."""
+        m = self.masks
+        return MaskPlan(
+            strategies=m.strategies,
+            scope=m.scope,
+            ratio=m.ratio,
+            draws=m.draws,
+            seed=m.seed,
+            keep_all=m.keep == "all",
+        )
+
+    @property
+    def mask_spec(self) -> MaskSpec:
+        """What training draws."""
+        ratio = self.masks.ratio if self.objective.ratio is None else self.objective.ratio
+        return MaskSpec(
+            strategy=self.objective.strategy,
+            scope=self.masks.scope,
+            ratio=ratio,
+            seed=self.masks.seed,
+        )
+
+    @property
+    def objective_layers(self) -> dict[str, tuple[str, ...]]:
+        """Layers that train the student, by teacher, in config order."""
+        chosen = self.objective.teachers or tuple(self.teachers)
+        layers = self.objective.layers or {}
+        return {name: tuple(layers.get(name, self.teachers[name].layers)) for name in chosen}
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML config and apply `key.sub=value` overrides.
+
+    Args:
+        path: The YAML file.
+        overrides: Dotted assignments; values are parsed as YAML.
+
+    Raises:
+        UsageError: With one sentence: the file is not there or no YAML, a key is unknown
+            (the nearest valid one is named), or a value is wrong.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"no config file at {file}: name an existing YAML file")
+    try:
+        raw = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UsageError(f"{file} must hold a mapping of sections, got {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UsageError(f"{file}: {_explain(error)}") from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, found, value = override.partition("=")
+    if not found or not key:
+        raise UsageError(f"override {override!r} must read key.sub=value, such as train.epochs=50")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UsageError(f"override {override!r}: the value is not valid YAML") from None
+    node = raw
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UsageError(f"override {override!r}: {parent} is a value, not a section")
+        node = child
+    node[leaf] = parsed
+
+
+def _explain(error: ValidationError) -> str:
+    """All problems in one line, unknown keys with their nearest valid neighbour."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(p) for p in item["loc"]) or "config"
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(
+                str(item["loc"][-1]), _valid_keys(item["loc"][:-1]), n=1, cutoff=0.5
+            )
+            prefix = "".join(f"{p}." for p in item["loc"][:-1])
+            hint = f"; did you mean `{prefix}{near[0]}`?" if near else _list_keys(item["loc"][:-1])
+            lines.append(f"unknown key `{where}`{hint}")
+        elif item["type"] == "missing":
+            lines.append(f"`{where}` is required")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            got = item["input"]
+            shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
+            lines.append(f"`{where}`: {message}{shown}" if item["loc"] else message)
+    return "; ".join(lines)
+
+
+def _list_keys(loc: tuple[int | str, ...]) -> str:
+    keys = _valid_keys(loc)
+    return f"; valid here: {', '.join(keys)}" if keys else ""
+
+
+def _valid_keys(loc: tuple[int | str, ...]) -> list[str]:
+    """Field names of the section at `loc` (mapping levels, such as a teacher's name, pass)."""
+    section: type[BaseModel] | None = RunConfig
+    for part in loc:
+        if section is None:
+            return []
+        if part == "teachers":
+            section = TeacherConfig
+        elif part in section.model_fields:
+            kinds = _sections(section.model_fields[str(part)].annotation)
+            section = kinds[0] if kinds else None
+    return list(section.model_fields) if section else []
+
+
+def _sections(annotation: object) -> list[type[BaseModel]]:
+    options = [annotation, *getattr(annotation, "__args__", ())]
+    return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]

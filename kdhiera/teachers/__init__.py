@@ -1,0 +1,1 @@
+"""Frozen teachers, one family a file."""
