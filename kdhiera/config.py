@@ -338,6 +338,8 @@ class EvaluateConfig(Section):
         validation: Labelled shards the probes' regularisation is chosen on.
         test: Labelled shards that are reported.
         labels: Label names in the samples' JSON; empty takes all that are found.
+        groups: Labels that name what clips share (an object, a background): intervals are
+            resampled over these; empty treats every clip as independent.
         frame_stride: Frames between sampled frames.
         neighbours: k of k-NN.
         temperature: Of the weighted k-NN vote.
@@ -350,6 +352,7 @@ class EvaluateConfig(Section):
     validation: tuple[str, ...]
     test: tuple[str, ...]
     labels: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
     frame_stride: int = Field(4, ge=1)
     neighbours: int = Field(20, ge=1)
     temperature: float = Field(0.07, gt=0)

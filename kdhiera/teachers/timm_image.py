@@ -81,7 +81,7 @@ class TimmImageTeacher:
     ) -> TeacherOutput:
         """See `Teacher.__call__`."""
         b = clips.shape[0]
-        _, h, w = self._grid.tokens
+        h = self._grid.tokens[1]
         images = rearrange(clips[:, ::TUBELET_FRAMES], "b t y x c -> (b t) c y x")
         deepest = self._depth if score_source or "norm" in layers else max(map(int, layers))
         wanted = sorted({*(int(n) for n in layers if n != "norm"), deepest})
@@ -92,23 +92,23 @@ class TimmImageTeacher:
             grids: list[Tensor] = self._model.forward_intermediates(  # type: ignore[operator]
                 self._preprocess(images),
                 indices=[n - 1 for n in wanted],
-                output_fmt="NHWC",
+                output_fmt="NLC",
                 stop_early=True,
                 intermediates_only=True,
             )
             features = {
-                str(n): rearrange(grid, "(b t) h w c -> b t h w c", b=b)
+                str(n): rearrange(grid, "(b t) (h w) c -> b t h w c", b=b, h=h)
                 for n, grid in zip(wanted, grids, strict=True)
                 if str(n) in layers
             }
             if "norm" in layers:
                 normed = self._model.norm(grids[-1])  # type: ignore[operator]
-                features["norm"] = rearrange(normed, "(b t) h w c -> b t h w c", b=b)
+                features["norm"] = rearrange(normed, "(b t) (h w) c -> b t h w c", b=b, h=h)
         scores = None
         if score_source is not None:
             prefix = int(self._model.num_prefix_tokens)  # type: ignore[arg-type]
             attention = cls_attention(_blocks(self._model)[-1], last.value, num_prefix=prefix)
-            scores = rearrange(attention, "(b t) (h w) -> b t h w", b=b, h=h, w=w)
+            scores = rearrange(attention, "(b t) (h w) -> b t h w", b=b, h=h)
         return TeacherOutput(features=features, scores=scores)
 
     def _preprocess(self, images: UInt8[Tensor, "n 3 y x"]) -> Float[Tensor, "n 3 h w"]:
@@ -139,7 +139,10 @@ def build_timm_teacher(
         near = timm.list_models(f"*{name.split('.')[0].split('_patch')[0]}*")[:5]
         hint = f"; near: {', '.join(near)}" if near else ""
         raise UsageError(f"timm has no model {name!r}{hint}")
-    patch = timm.create_model(name, pretrained=False, depth=1).patch_embed.patch_size
+    with torch.device("meta"):
+        native = timm.create_model(name, pretrained=False, num_classes=0)
+    _blocks(native)
+    patch = native.patch_embed.patch_size
     size = (grid.tokens[1] * patch[0], grid.tokens[2] * patch[1])
     state = load_weights(config.weights) if config.weights else _hub_state(name)
     model = timm.create_model(name, pretrained=False, num_classes=0, img_size=size)
@@ -161,9 +164,9 @@ def build_timm_teacher(
     )
 
 
-def _blocks(model: nn.Module) -> nn.ModuleList:
+def _blocks(model: nn.Module) -> nn.Sequential:
     blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList) or not hasattr(model, "forward_intermediates"):
+    if not isinstance(blocks, nn.Sequential) or not hasattr(model, "forward_intermediates"):
         raise UsageError(
             f"{type(model).__name__} is not a Vision Transformer with blocks: choose a timm ViT"
         )

@@ -1,0 +1,71 @@
+"""From a config to the pieces that several stages need."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import replace
+
+import torch
+
+from kdhiera import __version__
+from kdhiera.cache.layout import column_id
+from kdhiera.config import DecodeConfig, RunConfig
+from kdhiera.data.clip import DecodeLimits
+from kdhiera.featurize import Featurizer
+from kdhiera.teachers.build import build_teachers
+
+VERSIONED = ("torch", "timm", "transformers", "av", "decord", "pillow", "zarr", "numcodecs")
+
+
+def decode_limits(config: DecodeConfig) -> DecodeLimits:
+    """What a decoding child may use."""
+    return DecodeLimits(
+        backend=config.backend,
+        deadline_seconds=config.deadline_seconds,
+        max_frame_pixels=config.max_frame_pixels,
+        max_duration_seconds=config.max_duration_seconds,
+        max_video_bytes=config.max_video_bytes,
+        max_memory_bytes=config.max_memory_bytes,
+        clips_per_child=config.clips_per_child,
+    )
+
+
+def columns_of(config: RunConfig) -> dict[str, tuple[str, str]]:
+    """Columns that a config's teachers fill: (teacher, layer) by column id."""
+    return {
+        column_id(name, layer, config.cache.encoding): (name, layer)
+        for name, teacher in config.teachers.items()
+        for layer in teacher.layers
+    }
+
+
+def featurizer_of(config: RunConfig, *, device: torch.device, keep_all: bool = False) -> Featurizer:
+    """The run's teachers, scores and mask plan on a device.
+
+    Args:
+        config: The run.
+        device: Where the teachers run.
+        keep_all: Keep every unit, whatever the plan says.
+    """
+    plan = config.mask_plan
+    return Featurizer(
+        grid=config.clip.grid,
+        plan=replace(plan, keep_all=True) if keep_all else plan,
+        teachers=build_teachers(config, device=device),
+        score_teacher=config.scores.teacher,
+        score_source=config.scores.source,
+        device=device,
+        batch_size=config.extract.batch_size,
+    )
+
+
+def provenance() -> dict[str, object]:
+    """Versions of what made a part; recorded beside it, never part of an identity."""
+    versions = {"kdhiera": __version__, "python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"versions": versions, "machine": platform.machine()}

@@ -1,0 +1,112 @@
+"""Decoded clips of shards, batch by batch, for stages that keep no cache of them."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from kdhiera.config import RunConfig
+from kdhiera.data.clip import Clip, ClipRequest, DecodeFailure
+from kdhiera.data.sandbox import Sandbox
+from kdhiera.data.shards import Sample, expand, index_shard, read_shard
+from kdhiera.views import ViewPolicy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipBatch:
+    """Good clips with what their samples say of them.
+
+    Args:
+        frames: RGB clips.
+        uids: Identities of the samples.
+        labels: What each sample's JSON says.
+    """
+
+    frames: UInt8[np.ndarray, "b f y x 3"]
+    uids: tuple[str, ...]
+    labels: tuple[Mapping[str, Any], ...]
+
+
+def decode_in_order(
+    sandbox: Sandbox, wanted: Iterable[tuple[Sample, ClipRequest]], *, in_flight: int
+) -> Iterator[tuple[Sample, Clip | DecodeFailure]]:
+    """Decode in the children, a bounded number of clips ahead, in the order asked for.
+
+    Args:
+        sandbox: Decoding children.
+        wanted: Samples and what to decode of them; one without its video fails as it is.
+        in_flight: Clips ahead, at least 1.
+    """
+    ahead: deque[tuple[Sample, Future[Clip | DecodeFailure]]] = deque()
+    for sample, request in wanted:
+        if sample.video is None:
+            outcome: Future[Clip | DecodeFailure] = Future()
+            outcome.set_result(DecodeFailure(status=sample.status, message=sample.message))
+        else:
+            outcome = sandbox.submit(sample.video, request)
+        ahead.append((sample, outcome))
+        if len(ahead) >= in_flight:
+            first, result = ahead.popleft()
+            yield first, result.result()
+    for first, result in ahead:
+        yield first, result.result()
+
+
+def clip_batches(
+    config: RunConfig,
+    shards: Sequence[str],
+    *,
+    policy: ViewPolicy,
+    sandbox: Sandbox,
+    batch_size: int,
+) -> Iterator[ClipBatch]:
+    """Decode view 0 of every sample; bad samples are left out and counted in the log.
+
+    Args:
+        config: The run.
+        shards: Paths or patterns.
+        policy: What views are drawn from.
+        sandbox: Decoding children.
+        batch_size: Clips in a batch; the last one may be smaller.
+
+    Raises:
+        UsageError: If a pattern matches no shard.
+        ValueError: If a shard is no tar.
+    """
+    wanted = (
+        (sample, ClipRequest(uid=sample.uid, view=0, policy=policy))
+        for path in expand(shards)
+        for sample in read_shard(index_shard(path), video_extensions=config.data.video_extensions)
+    )
+    bad: Counter[str] = Counter()
+    batch: list[tuple[Clip, Sample]] = []
+    for sample, outcome in decode_in_order(sandbox, wanted, in_flight=2 * batch_size):
+        if not isinstance(outcome, Clip):
+            bad[outcome.status.value] += 1
+            continue
+        batch.append((outcome, sample))
+        if len(batch) == batch_size:
+            yield _batch(batch)
+            batch = []
+    if batch:
+        yield _batch(batch)
+    if bad:
+        kinds = ", ".join(f"{n} {s}" for s, n in sorted(bad.items()))
+        logger.warning("clips left out of %s: %s", ", ".join(shards), kinds)
+
+
+def _batch(pairs: Sequence[tuple[Clip, Sample]]) -> ClipBatch:
+    return ClipBatch(
+        frames=np.stack([clip.frames for clip, _ in pairs]),
+        uids=tuple(sample.uid for _, sample in pairs),
+        labels=tuple(sample.labels for _, sample in pairs),
+    )

@@ -1,0 +1,375 @@
+"""Stage 3: how good the frozen student is on held-out labelled clips.
+
+Beside it always stand the same student at random weights and the pooled teachers, so
+that a number means something. Clips are decoded once and every model sees the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+
+from kdhiera.cache.fingerprint import fingerprint
+from kdhiera.config import EvaluateConfig, RunConfig
+from kdhiera.data.sandbox import Sandbox
+from kdhiera.data.shards import expand, index_shard
+from kdhiera.devices import resolve_device
+from kdhiera.errors import UsageError
+from kdhiera.evaluation.bootstrap import bootstrap_difference, bootstrap_interval
+from kdhiera.evaluation.knn import knn_predict
+from kdhiera.evaluation.probe import linear_probe
+from kdhiera.featurize import Featurizer
+from kdhiera.progress import Progress
+from kdhiera.report.tables import result_table, to_text
+from kdhiera.results import Comparison, Result, comparisons_from_json, results_from_json, to_json
+from kdhiera.stages.assemble import decode_limits, featurizer_of
+from kdhiera.stages.clips import clip_batches
+from kdhiera.storage import write_atomic
+from kdhiera.student.export import load_exported
+from kdhiera.student.hiera import Student, build
+from kdhiera.views import CropPolicy, FramePolicy, ViewPolicy
+
+logger = logging.getLogger(__name__)
+
+STUDENT = "distilled student"
+RANDOM = "random student"
+READOUTS = ("mean", "slots")
+SPLITS = ("train", "validation", "test")
+
+Features = dict[str, Float[np.ndarray, "b c"]]  # by readout
+Model = Callable[[UInt8[np.ndarray, "b f y x 3"]], Features]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSummary:
+    """What evaluation found.
+
+    Args:
+        results: Accuracies.
+        comparisons: The student against its random twin, on the same clips.
+        num_clips: Clips by split.
+        num_groups: What intervals were resampled over.
+        path: JSON file that holds all this.
+    """
+
+    results: tuple[Result, ...]
+    comparisons: tuple[Comparison, ...]
+    num_clips: Mapping[str, int]
+    num_groups: Mapping[str, int]
+    path: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """For people."""
+        lines = [to_text(result_table(self.results)), ""]
+        lines += [
+            f"{c.label}, {c.method} ({c.readout}): {c.features} minus {c.baseline} "
+            f"{100 * c.difference.value:+.1f} points "
+            f"[{100 * c.difference.low:+.1f}, {100 * c.difference.high:+.1f}]"
+            for c in self.comparisons
+        ]
+        clips = ", ".join(f"{n} {split}" for split, n in self.num_clips.items())
+        return "\n".join([*lines, "", f"clips: {clips}", f"saved: {self.path}"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Split:
+    features: Mapping[str, Features]
+    labels: Sequence[Mapping[str, Any]]
+
+
+def evaluate(config: RunConfig, *, progress: Progress) -> EvaluateSummary:
+    """Measure the run's exported student; the same evaluation is not done twice.
+
+    Args:
+        config: The run, with an `evaluate` section.
+        progress: Where progress is shown.
+
+    Raises:
+        UsageError: If there is no student yet, no evaluate section, no labelled clips.
+    """
+    settings = _settings(config)
+    folder = Path(config.run_dir)
+    export = folder / "export"
+    if not (export / "model.safetensors").is_file():
+        raise UsageError(
+            f"no trained student in {export}: run `kdhiera distill` with this config first"
+        )
+    path = folder / "evaluation.json"
+    want = _fingerprint(config, settings, export)
+    done = _earlier(path, want)
+    if done is not None:
+        logger.info("this student was evaluated before: results are those of %s", path)
+        return done
+    splits = _read_splits(config, settings, _models(config, export), progress)
+    results, comparisons = [], []
+    for label in _labels(settings, splits):
+        found, compared = _measure(settings, splits, label)
+        results += found
+        comparisons += compared
+    summary = EvaluateSummary(
+        results=tuple(results),
+        comparisons=tuple(comparisons),
+        num_clips={name: len(split.labels) for name, split in splits.items()},
+        num_groups={
+            g: len({str(row.get(g)) for row in splits["test"].labels}) for g in settings.groups
+        },
+        path=str(path),
+    )
+    document = {
+        "fingerprint": want,
+        "results": to_json(summary.results),
+        "comparisons": to_json(summary.comparisons),
+        "num_clips": summary.num_clips,
+        "num_groups": summary.num_groups,
+    }
+    write_atomic(path, (json.dumps(document, indent=1) + "\n").encode())
+    return summary
+
+
+def evaluation_policy(config: RunConfig) -> ViewPolicy:
+    """The middle of every video, whole frame: no randomness."""
+    stride = _settings(config).frame_stride
+    return ViewPolicy(
+        num_frames=config.clip.num_frames,
+        height=config.clip.height,
+        width=config.clip.width,
+        frames=FramePolicy.DENSE_CENTER,
+        frame_stride=stride,
+        crop=CropPolicy.CENTER,
+        crop_scale=(1.0, 1.0),
+        crop_ratio=(1.0, 1.0),
+        flip=False,
+        allow_short=config.views.allow_short,
+        seed=0,
+    )
+
+
+def _settings(config: RunConfig) -> EvaluateConfig:
+    if config.evaluate is None:
+        raise UsageError("the config has no `evaluate` section: name labelled shards there")
+    return config.evaluate
+
+
+def _models(config: RunConfig, export: Path) -> dict[str, Model]:
+    device = resolve_device(config.train.device)
+    grid = config.clip.grid
+    seed = _settings(config).seed
+    students = {
+        STUDENT: Student(load_exported(export), grid),
+        RANDOM: Student(build(config.student, grid, seed=seed), grid),
+    }
+    models: dict[str, Model] = {
+        name: _student_model(student.to(device).eval(), device)
+        for name, student in students.items()
+    }
+    featurizer = featurizer_of(config, device=device)
+    for name, teacher in config.teachers.items():
+        models[f"{name} teacher"] = _teacher_model(featurizer, name, teacher.layers[-1])
+    return models
+
+
+def _student_model(student: Student, device: torch.device) -> Model:
+    @torch.inference_mode()
+    def run(clips: UInt8[np.ndarray, "b f y x 3"]) -> Features:
+        batch = torch.from_numpy(clips).to(device)
+        return {
+            "mean": student.features(batch, pool="mean").float().cpu().numpy(),
+            "slots": student.features(batch, pool="slots").float().cpu().numpy(),
+        }
+
+    return run
+
+
+def _teacher_model(featurizer: Featurizer, name: str, layer: str) -> Model:
+    def run(clips: UInt8[np.ndarray, "b f y x 3"]) -> Features:
+        output = featurizer.teach(clips, layers={name: (layer,)}, with_scores=False)
+        tokens = output[name].features[layer].float()
+        return {
+            "mean": tokens.mean((1, 2, 3)).cpu().numpy(),
+            "slots": tokens.mean((2, 3)).flatten(1).cpu().numpy(),
+        }
+
+    return run
+
+
+def _read_splits(
+    config: RunConfig, settings: EvaluateConfig, models: Mapping[str, Model], progress: Progress
+) -> dict[str, _Split]:
+    patterns = {name: getattr(settings, name) for name in SPLITS}
+    total = sum(len(index_shard(p).samples) for v in patterns.values() for p in expand(v))
+    bar = progress.start("evaluate", total, "clips")
+    splits = {}
+    with Sandbox(
+        decode_limits(config.decode), num_children=config.decode.num_children or 1
+    ) as sandbox:
+        for split, shards in patterns.items():
+            parts: dict[str, dict[str, list[np.ndarray]]] = {
+                m: {r: [] for r in READOUTS} for m in models
+            }
+            labels: list[Mapping[str, Any]] = []
+            for batch in clip_batches(
+                config,
+                shards,
+                policy=evaluation_policy(config),
+                sandbox=sandbox,
+                batch_size=settings.batch_size,
+            ):
+                for name, model in models.items():
+                    for readout, values in model(batch.frames).items():
+                        parts[name][readout].append(values)
+                labels += batch.labels
+                progress.advance(bar, len(batch.labels))
+            if not labels:
+                raise UsageError(f"evaluate.{split} has no clip that decodes: {', '.join(shards)}")
+            features = {
+                m: {r: np.concatenate(chunks) for r, chunks in readouts.items()}
+                for m, readouts in parts.items()
+            }
+            splits[split] = _Split(features=features, labels=labels)
+    progress.finish(bar)
+    return splits
+
+
+def _labels(settings: EvaluateConfig, splits: Mapping[str, _Split]) -> tuple[str, ...]:
+    found = {name for row in splits["train"].labels for name in row}
+    wanted = settings.labels or tuple(sorted(found - set(settings.groups)))
+    missing = [name for name in (*wanted, *settings.groups) if name not in found]
+    if missing or not wanted:
+        raise UsageError(
+            f"the clips of evaluate.train have no label {', '.join(missing) or 'at all'}; they "
+            f"have: {', '.join(sorted(found)) or 'none'}"
+        )
+    return wanted
+
+
+def _measure(
+    settings: EvaluateConfig, splits: Mapping[str, _Split], label: str
+) -> tuple[list[Result], list[Comparison]]:
+    """All models, methods and readouts on one label."""
+    classes = sorted({str(row[label]) for row in splits["train"].labels if label in row})
+    numbers = {name: i for i, name in enumerate(classes)}
+    known = {s: np.array([str(r.get(label)) in numbers for r in splits[s].labels]) for s in SPLITS}
+    truth = {
+        s: np.array(
+            [numbers[str(r[label])] for r, k in zip(splits[s].labels, known[s], strict=True) if k]
+        )
+        for s in SPLITS
+    }
+    if not len(truth["test"]) or not len(truth["validation"]):
+        raise UsageError(f"no test or validation clip has a value of `{label}` seen in training")
+    groups = [
+        np.array(
+            [str(r.get(g)) for r, k in zip(splits["test"].labels, known["test"], strict=True) if k]
+        )
+        for g in settings.groups
+    ] or [np.arange(len(truth["test"]))]
+    results: list[Result] = []
+    right: dict[tuple[str, str, str], Bool[np.ndarray, " n"]] = {}
+    for model in splits["train"].features:
+        for readout in READOUTS:
+            arrays = {s: splits[s].features[model][readout][known[s]] for s in SPLITS}
+            for method, predicted in _predict(settings, arrays, truth, len(classes)):
+                correct = predicted == truth["test"]
+                right[method, readout, model] = correct
+                accuracy = bootstrap_interval(
+                    correct, groups, resamples=settings.resamples, seed=settings.seed
+                )
+                results.append(
+                    Result(
+                        label=label,
+                        features=model,
+                        readout=readout,
+                        method=method,
+                        accuracy=accuracy,
+                        chance=float(np.bincount(truth["test"]).max() / len(truth["test"])),
+                        num_clips=len(correct),
+                    )
+                )
+    comparisons = [
+        Comparison(
+            label=label,
+            features=STUDENT,
+            baseline=RANDOM,
+            readout=readout,
+            method=method,
+            difference=bootstrap_difference(
+                correct,
+                right[method, readout, RANDOM],
+                groups,
+                resamples=settings.resamples,
+                seed=settings.seed,
+            ),
+            num_clips=len(correct),
+        )
+        for (method, readout, model), correct in right.items()
+        if model == STUDENT
+    ]
+    return results, comparisons
+
+
+def _predict(
+    settings: EvaluateConfig,
+    arrays: Mapping[str, Float[np.ndarray, "n c"]],
+    truth: Mapping[str, Int[np.ndarray, " n"]],
+    num_classes: int,
+) -> list[tuple[str, Int[np.ndarray, " n"]]]:
+    votes = knn_predict(
+        arrays["train"],
+        truth["train"],
+        arrays["test"],
+        neighbours=min(settings.neighbours, len(truth["train"])),
+        temperature=settings.temperature,
+        num_classes=num_classes,
+    )
+    probe = linear_probe(
+        arrays["train"],
+        truth["train"],
+        arrays["validation"],
+        truth["validation"],
+        arrays["test"],
+    )
+    return [("k-NN", np.asarray(votes).argmax(1)), ("linear probe", probe.predictions)]
+
+
+def _fingerprint(config: RunConfig, settings: EvaluateConfig, export: Path) -> str:
+    """Of all that decides the results: the weights, the clips, the settings."""
+    weights = hashlib.sha256((export / "model.safetensors").read_bytes()).hexdigest()
+    shards = [index_shard(p).shard_id for s in SPLITS for p in expand(getattr(settings, s))]
+    return fingerprint(
+        {
+            "weights": weights,
+            "shards": shards,
+            "settings": settings.model_dump(mode="json"),
+            "clip": config.clip.model_dump(mode="json"),
+            "student": config.student.model_dump(mode="json"),
+            "teachers": {k: t.model_dump(mode="json") for k, t in config.teachers.items()},
+        }
+    )
+
+
+def _earlier(path: Path, want: str) -> EvaluateSummary | None:
+    if not path.is_file():
+        return None
+    document = json.loads(path.read_text())
+    if document["fingerprint"] != want:
+        return None
+    return EvaluateSummary(
+        results=results_from_json(document["results"]),
+        comparisons=comparisons_from_json(document["comparisons"]),
+        num_clips=document["num_clips"],
+        num_groups=document["num_groups"],
+        path=str(path),
+    )

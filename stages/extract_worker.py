@@ -1,0 +1,305 @@
+"""What one extraction actor does: parts, one after another.
+
+Three things overlap, each bounded:
+
+    children: decode (killable)  ->  this thread: teachers  ->  writer thread: encode, store
+        `2 * batch_size` clips          one batch                  one batch
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdhiera.cache.commit import Cache, SourceInfo
+from kdhiera.cache.layout import ColumnStatus, PartId
+from kdhiera.cache.table import Row
+from kdhiera.cache.writer import Attempt, CommitResult
+from kdhiera.config import RunConfig
+from kdhiera.data.clip import Clip, ClipRequest, DecodeFailure
+from kdhiera.data.sandbox import Sandbox
+from kdhiera.data.shards import Sample, ShardIndex, read_shard
+from kdhiera.devices import resolve_device
+from kdhiera.errors import StoppedError
+from kdhiera.featurize import Featurized
+from kdhiera.stages.assemble import decode_limits, featurizer_of, provenance
+from kdhiera.stages.clips import decode_in_order
+from kdhiera.views import RowStatus
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartTask:
+    """One part to bring up to date.
+
+    Args:
+        shard: The shard's index.
+        view: View number.
+        base: Whether the rows themselves are missing (else they are replayed).
+        columns: Missing columns by id, as (teacher, layer).
+    """
+
+    shard: ShardIndex
+    view: int
+    base: bool
+    columns: Mapping[str, tuple[str, str]]
+
+    @property
+    def part(self) -> PartId:
+        """Where the result goes."""
+        return PartId(shard_id=self.shard.shard_id, view=self.view)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.shard.shard_id} view {self.view}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartResult:
+    """What one task came to.
+
+    Args:
+        num_bytes: Bytes that were stored.
+        seconds: Wall time.
+    """
+
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Item:
+    """One row of a part with its clip; without one, why is in the row or it is a mismatch."""
+
+    row: Row
+    clip: Clip | None
+
+
+class PartExtractor:
+    """Teachers, decoding children and a writer thread, kept warm from part to part.
+
+    Args:
+        config: The run; teacher precisions are resolved already.
+        stop: Once set, the part at hand is abandoned at the next batch.
+        on_counts: Told rows and bad rows done so far, after every batch.
+    """
+
+    def __init__(
+        self, config: RunConfig, *, stop: threading.Event, on_counts: Callable[[int, int], None]
+    ) -> None:
+        self._config = config
+        self._stop = stop
+        self._on_counts = on_counts
+        self._rows = self._bad = 0
+        device = resolve_device(config.extract.device)
+        torch.set_num_threads(config.extract.cpus_per_actor)
+        self._cache = Cache.open(Path(config.cache.dir))
+        self._featurizer = featurizer_of(config, device=device)
+        self._widths = self._featurizer.widths(
+            {name: teacher.layers for name, teacher in config.teachers.items()}
+        )
+        self._sandbox = Sandbox(
+            decode_limits(config.decode),
+            num_children=config.decode.num_children or config.extract.cpus_per_actor,
+        )
+
+    def close(self) -> None:
+        """End the decoding children."""
+        self._sandbox.close()
+
+    def run(self, task: PartTask) -> PartResult:
+        """Compute what is missing of one part and commit it.
+
+        Raises:
+            StoppedError: If asked to stop; the attempt is abandoned, nothing is committed.
+        """
+        started = time.monotonic()
+        result = self._run(task, replay=not task.base)
+        if result.replay_needed:
+            logger.info("%s: another run stored other rows; replaying those", task.name)
+            result = self._run(task, replay=True)
+        return PartResult(num_bytes=result.num_bytes, seconds=time.monotonic() - started)
+
+    def _run(self, task: PartTask, *, replay: bool) -> CommitResult:
+        stored = self._cache.read_base(task.part).units if replay else None
+        items = self._replayed(task) if replay else self._drawn(task)
+        attempt = Attempt(
+            self._cache,
+            task.part,
+            source=SourceInfo(
+                path=task.shard.path,
+                num_bytes=task.shard.num_bytes,
+                sha256=None,
+                problems=task.shard.problems,
+            ),
+            columns={column: self._widths[key] for column, key in task.columns.items()},
+            write_base=not replay,
+            provenance=provenance(),
+            lease_seconds=self._config.extract.lease_seconds,
+        )
+        with attempt, ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+            written: Future[None] | None = None
+            done = 0
+            for batch in self._batches(items):
+                units = None if stored is None else stored[done : done + len(batch)]
+                out = self._teach(task, batch, units)
+                if written is not None:
+                    written.result()
+                written = writer.submit(self._write, task, attempt, batch, out, replay=replay)
+                done += len(batch)
+                self._rows += len(batch)
+                self._bad += sum(item.clip is None for item in batch)
+                self._on_counts(self._rows, self._bad)
+                if self._stop.is_set():
+                    raise StoppedError(f"stopped while extracting {task.name}: run again to go on")
+            if written is not None:
+                written.result()
+            return attempt.commit()
+
+    def _drawn(self, task: PartTask) -> Iterator[_Item]:
+        """All samples of the shard, each with a newly drawn view."""
+        policy = self._config.view_policy
+        extensions = self._config.data.video_extensions
+        wanted = (
+            (sample, ClipRequest(uid=sample.uid, view=task.view, policy=policy))
+            for sample in read_shard(task.shard, video_extensions=extensions)
+        )
+        for sample, outcome in self._decode(wanted):
+            clip = outcome if isinstance(outcome, Clip) else None
+            yield _Item(row=_row(sample, outcome), clip=clip)
+
+    def _replayed(self, task: PartTask) -> Iterator[_Item]:
+        """The good rows of the committed base, each with exactly its stored view."""
+        good = {r.uid: r for r in self._cache.rows(task.part) if r.status is RowStatus.OK}
+        policy = self._config.view_policy
+        extensions = self._config.data.video_extensions
+        wanted = (
+            (
+                sample,
+                ClipRequest(
+                    uid=sample.uid,
+                    view=task.view,
+                    policy=policy,
+                    replay=good[sample.uid].view,
+                    replay_decoder=good[sample.uid].decoder,
+                ),
+            )
+            for sample in read_shard(task.shard, video_extensions=extensions)
+            if sample.uid in good
+        )
+        for sample, outcome in self._decode(wanted):
+            row = good[sample.uid]
+            same = isinstance(outcome, Clip) and outcome.crc32c == row.clip_crc32c
+            yield _Item(row=row, clip=outcome if same and isinstance(outcome, Clip) else None)
+
+    def _decode(
+        self, wanted: Iterable[tuple[Sample, ClipRequest]]
+    ) -> Iterator[tuple[Sample, Clip | DecodeFailure]]:
+        ahead = 2 * self._config.extract.batch_size
+        return decode_in_order(self._sandbox, wanted, in_flight=ahead)
+
+    def _batches(self, items: Iterable[_Item]) -> Iterator[list[_Item]]:
+        """Consecutive items with up to `batch_size` clips among them."""
+        batch: list[_Item] = []
+        clips = 0
+        for item in items:
+            batch.append(item)
+            clips += item.clip is not None
+            if clips >= self._config.extract.batch_size:
+                yield batch
+                batch, clips = [], 0
+        if batch:
+            yield batch
+
+    def _teach(
+        self, task: PartTask, batch: Sequence[_Item], units: np.ndarray | None
+    ) -> Featurized | None:
+        present = [i for i, item in enumerate(batch) if item.clip is not None]
+        if not present:
+            return None
+        layers: dict[str, list[str]] = {}
+        for teacher, layer in task.columns.values():
+            layers.setdefault(teacher, []).append(layer)
+        return self._featurizer(
+            np.stack([item.clip.frames for item in batch if item.clip is not None]),
+            uids=[batch[i].row.uid for i in present],
+            view=task.view,
+            layers=layers,
+            units=None if units is None else units[present],
+        )
+
+    def _write(
+        self,
+        task: PartTask,
+        attempt: Attempt,
+        batch: Sequence[_Item],
+        out: Featurized | None,
+        *,
+        replay: bool,
+    ) -> None:
+        """Append one batch; in a replay, rows without a clip get `replay_mismatch`."""
+        grid, bound = self._featurizer.grid, self._cache.max_kept
+        if not replay:
+            empty = np.zeros((0, grid.slots, grid.units_per_slot), np.float32)
+            attempt.append_rows(
+                [item.row for item in batch],
+                units=out.units if out else np.zeros((0, bound), np.int16),
+                scores=out.scores if out else empty,
+                pixels=out.pixels if out else np.zeros((0, bound, 2, 32, 32, 3), np.uint8),
+            )
+        present = [item.clip is not None for item in batch if replay or item.clip is not None]
+        index = torch.tensor([i for i, there in enumerate(present) if there], dtype=torch.long)
+        for column, key in task.columns.items():
+            status = np.full(len(present), ColumnStatus.REPLAY_MISMATCH, np.uint8)
+            if out is None:
+                shape = (len(present), bound, 4, self._widths[key])
+                attempt.append_features(column, torch.zeros(shape), status)
+                continue
+            found = out.features[key]
+            status[index.numpy()] = np.where(
+                out.finite[key], int(ColumnStatus.OK), int(ColumnStatus.NONFINITE)
+            )
+            if len(index) < len(present):
+                whole = found.new_zeros(len(present), *found.shape[1:])
+                whole[index.to(found.device)] = found
+                found = whole
+            attempt.append_features(column, found, status)
+            attempt.append_statistics(column, out.statistics[key])
+
+
+def _row(sample: Sample, outcome: Clip | DecodeFailure) -> Row:
+    """What is recorded of a sample."""
+    if isinstance(outcome, DecodeFailure):
+        return Row(
+            uid=sample.uid,
+            key=sample.key,
+            status=outcome.status,
+            message=outcome.message,
+            source_offset=sample.offset,
+            source_bytes=sample.num_bytes,
+            labels=sample.labels,
+        )
+    return Row(
+        uid=sample.uid,
+        key=sample.key,
+        status=RowStatus.OK,
+        message=sample.message,
+        num_frames=outcome.num_frames,
+        view=outcome.view,
+        pts_seconds=outcome.pts_seconds,
+        decoder=outcome.decoder,
+        clip_crc32c=outcome.crc32c,
+        source_offset=sample.offset,
+        source_bytes=sample.num_bytes,
+        labels=sample.labels,
+    )

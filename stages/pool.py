@@ -1,0 +1,237 @@
+"""Where extraction's parts are worked on: in this process, or by Ray actors.
+
+A task is idempotent: the cache decides what of it is still missing, so trying again
+after any failure is always right.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdhiera.config import RunConfig
+from kdhiera.devices import resolve_device
+from kdhiera.errors import DamagedError, KdhieraError, StoppedError
+from kdhiera.stages.extract_worker import PartExtractor, PartResult, PartTask
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+STOP_SECONDS = 30.0
+
+OnCounts = Callable[[int, int], None]  # rows and bad rows done so far, failed tries included
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a task ended.
+
+    Args:
+        task: The task.
+        result: What it came to; None if it was given up.
+        error: Why it was given up; empty otherwise.
+    """
+
+    task: PartTask
+    result: PartResult | None
+    error: str = ""
+
+
+def run_here(
+    config: RunConfig, tasks: Sequence[PartTask], *, on_counts: OnCounts, stop: threading.Event
+) -> Iterator[Outcome]:
+    """Work on the tasks one by one in this process."""
+    extractor = PartExtractor(config, stop=stop, on_counts=on_counts)
+    try:
+        for task in tasks:
+            error = ""
+            for _ in range(config.extract.max_attempts):
+                try:
+                    yield Outcome(task=task, result=extractor.run(task))
+                    break
+                except Exception as caught:
+                    error = _retryable(caught)
+                    logger.warning("%s failed: %s", task.name, error)
+            else:
+                yield Outcome(task=task, result=None, error=error)
+    finally:
+        extractor.close()
+
+
+def run_on_ray(
+    config: RunConfig, tasks: Sequence[PartTask], *, on_counts: OnCounts, stop: threading.Event
+) -> Iterator[Outcome]:
+    """Work on the tasks with a pool of Ray actors.
+
+    A dead, hung or failing actor is replaced and its task tried again, at most
+    `extract.max_attempts` times; the other tasks go on.
+    """
+    import ray
+
+    started_here = not ray.is_initialized()
+    if started_here:
+        _connect(config)
+    pool = _Pool(config, num_tasks=len(tasks), on_counts=on_counts)
+    try:
+        yield from pool.run(tasks, stop)
+    finally:
+        pool.close()
+        if started_here:
+            ray.shutdown()
+
+
+def _connect(config: RunConfig) -> None:
+    """Join the cluster, or start Ray here: no dashboard, and a token for every caller."""
+    import ray
+
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "configure_logging": False}
+    if config.ray.address is not None:
+        ray.init(address=config.ray.address, **quiet)
+        return
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(include_dashboard=False, num_cpus=len(os.sched_getaffinity(0)), **quiet)
+
+
+class _Actor:
+    """Runs inside a Ray worker; `counters` and `stop` answer while `run` works."""
+
+    def __init__(self, config_json: str, folder: str) -> None:
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        if Path(folder).is_dir():
+            os.chdir(folder)  # relative paths mean what they meant to the driver
+        self._stop = threading.Event()
+        self._counts = (0, 0)
+        self._changed = time.monotonic()
+        self._extractor = PartExtractor(
+            RunConfig.model_validate_json(config_json), stop=self._stop, on_counts=self._count
+        )
+
+    def _count(self, rows: int, bad: int) -> None:
+        self._counts = (rows, bad)
+        self._changed = time.monotonic()
+
+    def run(self, task: PartTask) -> PartResult:
+        self._changed = time.monotonic()
+        return self._extractor.run(task)
+
+    def counters(self) -> tuple[int, int, float]:
+        return (*self._counts, time.monotonic() - self._changed)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+
+@dataclass(kw_only=True)
+class _Try:
+    actor: Any
+    task: PartTask
+    number: int
+    moved: float = field(default_factory=time.monotonic)
+
+
+class _Pool:
+    def __init__(self, config: RunConfig, *, num_tasks: int, on_counts: OnCounts) -> None:
+        import ray
+
+        self._ray = ray
+        self._config = config
+        self._on_counts = on_counts
+        uses_gpu = resolve_device(config.extract.device).type == "cuda"
+        cpus = config.extract.cpus_per_actor
+        have = ray.cluster_resources()
+        fitting = int(have.get("GPU", 0) if uses_gpu else have.get("CPU", 0) // cpus)
+        self._size = max(1, min(config.extract.num_actors or fitting, num_tasks))
+        self._actor_class = ray.remote(
+            num_cpus=cpus, num_gpus=1 if uses_gpu else 0, max_concurrency=3
+        )(_Actor)
+        self._idle: list[Any] = []
+        self._running: dict[Any, _Try] = {}
+        self._counts: dict[Any, tuple[int, int]] = {}
+        self._size_now = 0
+
+    def run(self, tasks: Sequence[PartTask], stop: threading.Event) -> Iterator[Outcome]:
+        waiting = collections.deque((task, 1) for task in tasks)
+        while waiting or self._running:
+            while waiting and (self._idle or self._size_now < self._size):
+                task, number = waiting.popleft()
+                actor = self._idle.pop() if self._idle else self._new_actor()
+                self._running[actor.run.remote(task)] = _Try(actor=actor, task=task, number=number)
+            done, _ = self._ray.wait(list(self._running), timeout=POLL_SECONDS)
+            for ref in done:
+                this = self._running.pop(ref)
+                try:
+                    result = self._ray.get(ref)
+                except Exception as caught:
+                    error = _retryable(caught)
+                    logger.warning("%s failed (try %d): %s", this.task.name, this.number, error)
+                    self._end(this.actor)
+                    if this.number < self._config.extract.max_attempts:
+                        waiting.append((this.task, this.number + 1))
+                    else:
+                        yield Outcome(task=this.task, result=None, error=error)
+                else:
+                    self._idle.append(this.actor)
+                    with contextlib.suppress(self._ray.exceptions.RayError):
+                        self._counts[this.actor] = self._ray.get(this.actor.counters.remote())[:2]
+                    yield Outcome(task=this.task, result=result)
+            if self._running:
+                self._watch()
+            self._on_counts(*(sum(c[i] for c in self._counts.values()) for i in (0, 1)))
+            if stop.is_set():
+                self._stop_all()
+                raise StoppedError("stopped: run the same command again to go on")
+
+    def close(self) -> None:
+        for actor in [*self._idle, *(t.actor for t in self._running.values())]:
+            self._ray.kill(actor)
+
+    def _new_actor(self) -> Any:
+        self._size_now += 1
+        return self._actor_class.remote(self._config.model_dump_json(), str(Path.cwd()))
+
+    def _end(self, actor: Any) -> None:
+        self._size_now -= 1
+        self._ray.kill(actor)
+
+    def _watch(self) -> None:
+        """Refresh counts; kill actors that have not moved for `stall_seconds`.
+
+        A killed actor's task ends with an error and is tried again like any other.
+        """
+        asked = {t.actor.counters.remote(): t for t in self._running.values()}
+        answered, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=POLL_SECONDS)
+        now = time.monotonic()
+        for ref in answered:
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                rows, bad, idle = self._ray.get(ref)
+                self._counts[asked[ref].actor] = (rows, bad)
+                asked[ref].moved = now - idle
+        for this in asked.values():
+            if now - this.moved > self._config.extract.stall_seconds:
+                logger.warning("%s hangs: its actor is replaced", this.task.name)
+                self._ray.kill(this.actor)
+
+    def _stop_all(self) -> None:
+        for this in self._running.values():
+            this.actor.stop.remote()
+        self._ray.wait(list(self._running), num_returns=len(self._running), timeout=STOP_SECONDS)
+
+
+def _retryable(error: Exception) -> str:
+    """One line of reason; an error that another try cannot mend is raised again."""
+    if isinstance(error, KdhieraError) and not isinstance(error, DamagedError):
+        raise error
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1][:300]}"
