@@ -1,0 +1,114 @@
+"""Files that are whole or absent: atomic writes and put-if-absent on a local disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from kdhiera.errors import KdhieraError
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the folder's entries survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents so that they survive a power cut."""
+    created = []
+    while not folder.is_dir():
+        created.append(folder)
+        folder = folder.parent
+    for path in reversed(created):
+        path.mkdir(exist_ok=True)
+        fsync_folder(path.parent)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a disk that is full or may not be written into one clear sentence.
+
+    Args:
+        path: What is written to; it or a folder above it must exist.
+
+    Raises:
+        KdhieraError: Naming the path, the reason and, on a full disk, what is free.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*_FULL, *_REFUSED):
+            raise
+        reason = os.strerror(error.errno)
+        if error.errno in _REFUSED:
+            raise KdhieraError(f"cannot write to {path}: {reason}") from error
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+        free = shutil.disk_usage(existing).free
+        raise KdhieraError(
+            f"the disk of {path} takes no more ({reason}; {free:,} bytes free): free some space "
+            "and run the same command again; what was committed is kept"
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under `path` only when it is whole and synced.
+
+    Args:
+        path: Final name; an existing file is replaced. Its folder must exist.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with disk_errors(path):
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a whole file atomically; see `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def put_if_absent(path: Path, data: bytes) -> bool:
+    """Create `path` with `data` unless it exists; whoever links first wins.
+
+    Returns:
+        Whether this call created the file. Never replaces and never leaves half a file.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with disk_errors(path):
+            make_folder(path.parent)
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            fsync_folder(path.parent)
+            return True
+    finally:
+        temporary.unlink(missing_ok=True)
