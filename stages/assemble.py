@@ -10,8 +10,10 @@ import torch
 
 from kdhiera import __version__
 from kdhiera.cache.layout import column_id
+from kdhiera.cache.records import SourceInfo
 from kdhiera.config import DecodeConfig, RunConfig
 from kdhiera.data.clip import DecodeLimits
+from kdhiera.data.shards import ShardIndex, hash_shard
 from kdhiera.featurize import Featurizer
 from kdhiera.teachers.build import build_teachers
 
@@ -57,6 +59,16 @@ def featurizer_of(config: RunConfig, *, device: torch.device, keep_all: bool = F
         score_source=config.scores.source,
         device=device,
         batch_size=config.extract.batch_size,
+    )
+
+
+def source_of(shard: ShardIndex) -> SourceInfo:
+    """What a cache records of a shard."""
+    return SourceInfo(
+        path=shard.path,
+        num_bytes=shard.num_bytes,
+        sha256=hash_shard(shard.path),
+        problems=shard.problems,
     )
 
 

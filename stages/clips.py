@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from kdhiera.config import RunConfig
-from kdhiera.data.clip import Clip, ClipRequest, DecodeFailure
+from kdhiera.data.clip import Clip, ClipRequest
+from kdhiera.data.ordered import decode_samples
 from kdhiera.data.sandbox import Sandbox
 from kdhiera.data.shards import Sample, expand, index_shard, read_shard
 from kdhiera.views import ViewPolicy
@@ -34,31 +34,6 @@ class ClipBatch:
     frames: UInt8[np.ndarray, "b f y x 3"]
     uids: tuple[str, ...]
     labels: tuple[Mapping[str, Any], ...]
-
-
-def decode_in_order(
-    sandbox: Sandbox, wanted: Iterable[tuple[Sample, ClipRequest]], *, in_flight: int
-) -> Iterator[tuple[Sample, Clip | DecodeFailure]]:
-    """Decode in the children, a bounded number of clips ahead, in the order asked for.
-
-    Args:
-        sandbox: Decoding children.
-        wanted: Samples and what to decode of them; one without its video fails as it is.
-        in_flight: Clips ahead, at least 1.
-    """
-    ahead: deque[tuple[Sample, Future[Clip | DecodeFailure]]] = deque()
-    for sample, request in wanted:
-        if sample.video is None:
-            outcome: Future[Clip | DecodeFailure] = Future()
-            outcome.set_result(DecodeFailure(status=sample.status, message=sample.message))
-        else:
-            outcome = sandbox.submit(sample.video, request)
-        ahead.append((sample, outcome))
-        if len(ahead) >= in_flight:
-            first, result = ahead.popleft()
-            yield first, result.result()
-    for first, result in ahead:
-        yield first, result.result()
 
 
 def clip_batches(
@@ -89,7 +64,7 @@ def clip_batches(
     )
     bad: Counter[str] = Counter()
     batch: list[tuple[Clip, Sample]] = []
-    for sample, outcome in decode_in_order(sandbox, wanted, in_flight=2 * batch_size):
+    for sample, outcome in decode_samples(sandbox, wanted, in_flight=2 * batch_size):
         if not isinstance(outcome, Clip):
             bad[outcome.status.value] += 1
             continue

@@ -29,11 +29,11 @@ from kdhiera.evaluation.knn import knn_predict
 from kdhiera.evaluation.probe import linear_probe
 from kdhiera.featurize import Featurizer
 from kdhiera.progress import Progress
-from kdhiera.report.tables import result_table, to_text
+from kdhiera.report.tables import percent, result_table, to_text
 from kdhiera.results import Comparison, Result, comparisons_from_json, results_from_json, to_json
 from kdhiera.stages.assemble import decode_limits, featurizer_of
 from kdhiera.stages.clips import clip_batches
-from kdhiera.storage import write_atomic
+from kdhiera.storage import atomic_file, write_atomic
 from kdhiera.student.export import load_exported
 from kdhiera.student.hiera import Student, build
 from kdhiera.views import CropPolicy, FramePolicy, ViewPolicy
@@ -59,6 +59,7 @@ class EvaluateSummary:
         num_clips: Clips by split.
         num_groups: What intervals were resampled over.
         path: JSON file that holds all this.
+        features: npz file with the pooled features, `SPLIT|MODEL|READOUT`, and `SPLIT|uids`.
     """
 
     results: tuple[Result, ...]
@@ -66,6 +67,7 @@ class EvaluateSummary:
     num_clips: Mapping[str, int]
     num_groups: Mapping[str, int]
     path: str
+    features: str
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -76,8 +78,7 @@ class EvaluateSummary:
         lines = [to_text(result_table(self.results)), ""]
         lines += [
             f"{c.label}, {c.method} ({c.readout}): {c.features} minus {c.baseline} "
-            f"{100 * c.difference.value:+.1f} points "
-            f"[{100 * c.difference.low:+.1f}, {100 * c.difference.high:+.1f}]"
+            f"{percent(c.difference, signed=True)}"
             for c in self.comparisons
         ]
         clips = ", ".join(f"{n} {split}" for split, n in self.num_clips.items())
@@ -86,6 +87,7 @@ class EvaluateSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class _Split:
+    uids: Sequence[str]
     features: Mapping[str, Features]
     labels: Sequence[Mapping[str, Any]]
 
@@ -109,7 +111,8 @@ def evaluate(config: RunConfig, *, progress: Progress) -> EvaluateSummary:
         )
     path = folder / "evaluation.json"
     want = _fingerprint(config, settings, export)
-    done = _earlier(path, want)
+    features = folder / "features.npz"
+    done = _earlier(path, features, want)
     if done is not None:
         logger.info("this student was evaluated before: results are those of %s", path)
         return done
@@ -127,7 +130,9 @@ def evaluate(config: RunConfig, *, progress: Progress) -> EvaluateSummary:
             g: len({str(row.get(g)) for row in splits["test"].labels}) for g in settings.groups
         },
         path=str(path),
+        features=str(features),
     )
+    _save_features(features, splits)
     document = {
         "fingerprint": want,
         "results": to_json(summary.results),
@@ -168,7 +173,7 @@ def _models(config: RunConfig, export: Path) -> dict[str, Model]:
     grid = config.clip.grid
     seed = _settings(config).seed
     students = {
-        STUDENT: Student(load_exported(export), grid),
+        STUDENT: load_exported(export),
         RANDOM: Student(build(config.student, grid, seed=seed), grid),
     }
     models: dict[str, Model] = {
@@ -219,6 +224,7 @@ def _read_splits(
             parts: dict[str, dict[str, list[np.ndarray]]] = {
                 m: {r: [] for r in READOUTS} for m in models
             }
+            uids: list[str] = []
             labels: list[Mapping[str, Any]] = []
             for batch in clip_batches(
                 config,
@@ -230,6 +236,7 @@ def _read_splits(
                 for name, model in models.items():
                     for readout, values in model(batch.frames).items():
                         parts[name][readout].append(values)
+                uids += batch.uids
                 labels += batch.labels
                 progress.advance(bar, len(batch.labels))
             if not labels:
@@ -238,7 +245,7 @@ def _read_splits(
                 m: {r: np.concatenate(chunks) for r, chunks in readouts.items()}
                 for m, readouts in parts.items()
             }
-            splits[split] = _Split(features=features, labels=labels)
+            splits[split] = _Split(uids=uids, features=features, labels=labels)
     progress.finish(bar)
     return splits
 
@@ -360,8 +367,19 @@ def _fingerprint(config: RunConfig, settings: EvaluateConfig, export: Path) -> s
     )
 
 
-def _earlier(path: Path, want: str) -> EvaluateSummary | None:
-    if not path.is_file():
+def _save_features(path: Path, splits: Mapping[str, _Split]) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    for name, split in splits.items():
+        arrays[f"{name}|uids"] = np.array(split.uids)
+        for model, readouts in split.features.items():
+            for readout, values in readouts.items():
+                arrays[f"{name}|{model}|{readout}"] = values
+    with atomic_file(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _earlier(path: Path, features: Path, want: str) -> EvaluateSummary | None:
+    if not path.is_file() or not features.is_file():
         return None
     document = json.loads(path.read_text())
     if document["fingerprint"] != want:
@@ -372,4 +390,5 @@ def _earlier(path: Path, want: str) -> EvaluateSummary | None:
         num_clips=document["num_clips"],
         num_groups=document["num_groups"],
         path=str(path),
+        features=str(features),
     )

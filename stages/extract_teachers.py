@@ -7,30 +7,29 @@ holds a feature. Whatever was committed stays; the same command goes on.
 from __future__ import annotations
 
 import collections
-import contextlib
 import logging
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
-from kdhiera.cache.commit import Cache, PartCommits, SourceInfo
+from kdhiera.cache.commit import Cache
+from kdhiera.cache.expected import expect_shard
 from kdhiera.cache.fingerprint import base_identity, column_identity
 from kdhiera.cache.layout import PartId, column_id
 from kdhiera.config import RunConfig
 from kdhiera.data.shards import ShardIndex, expand, index_shard
 from kdhiera.devices import resolve_device, resolve_precision
 from kdhiera.errors import BadDataError, IncompleteError, UsageError
+from kdhiera.grid import TOKENS_PER_UNIT
 from kdhiera.progress import Progress, human_bytes, human_seconds
 from kdhiera.stages.assemble import columns_of, provenance
 from kdhiera.stages.extract_worker import PartTask
 from kdhiera.stages.pool import run_here, run_on_ray
+from kdhiera.stopping import stop_on_signals
 from kdhiera.teachers.build import build_teachers
 
 logger = logging.getLogger(__name__)
@@ -51,6 +50,7 @@ class ExtractSummary:
         columns: Columns that the config asks for.
         rows: Rows of the config's committed parts by status.
         num_bytes: Bytes of those parts.
+        dense_bytes: All tokens of the same clips and layers in fp16, for comparison.
         problems: What is wrong with shards, in words.
         failed: Parts that were given up, with the reason.
         seconds: Wall time.
@@ -64,6 +64,7 @@ class ExtractSummary:
     columns: tuple[str, ...]
     rows: dict[str, int]
     num_bytes: int
+    dense_bytes: int
     problems: tuple[str, ...]
     failed: tuple[str, ...]
     seconds: float
@@ -88,7 +89,8 @@ class ExtractSummary:
             lines += [f"          {n} {s}" for s, n in sorted(self.rows.items()) if s != "ok"]
             lines.append(
                 f"size      {human_bytes(self.num_bytes)}, "
-                f"{human_bytes(self.num_bytes / max(good, 1))} a clip"
+                f"{human_bytes(self.num_bytes / max(good, 1))} a clip, pixels included; "
+                f"{self.dense_bytes / max(self.num_bytes, 1):.1f} times smaller than dense fp16"
             )
         lines += [f"problem   {p}" for p in self.problems]
         lines += [f"failed    {f}" for f in self.failed]
@@ -129,7 +131,7 @@ def extract(config: RunConfig, *, progress: Progress, dry_run: bool = False) -> 
     failed: list[str] = []
     if tasks and cache is not None and not dry_run:
         failed = _work(config, cache, tasks, progress)
-    rows, num_bytes = _committed(config, cache, shards, columns)
+    rows, num_bytes, dense_bytes = _committed(config, cache, shards, columns)
     summary = ExtractSummary(
         cache=config.cache.dir,
         dry_run=dry_run,
@@ -139,6 +141,7 @@ def extract(config: RunConfig, *, progress: Progress, dry_run: bool = False) -> 
         columns=tuple(columns),
         rows=dict(rows),
         num_bytes=num_bytes,
+        dense_bytes=dense_bytes,
         problems=tuple(problems),
         failed=tuple(failed),
         seconds=time.monotonic() - started,
@@ -246,7 +249,7 @@ def _work(
 ) -> list[str]:
     """Run the tasks; returns those that were given up, in words."""
     for shard in {task.shard.shard_id: task.shard for task in tasks}.values():
-        cache.register_source(shard.shard_id, _source(shard))
+        expect_shard(cache, shard.shard_id)
     total = sum(len(task.shard.samples) for task in tasks)
     bar = progress.start("extract", total, "clips")
     shown = 0
@@ -258,16 +261,10 @@ def _work(
         _judge(config, collections.Counter(ok=rows - bad, bad=bad))
 
     runner = run_on_ray if config.ray.enabled else run_here
-    with _stop_on_signals() as stop:
+    with stop_on_signals() as stop:
         outcomes = list(runner(config, tasks, on_counts=on_counts, stop=stop))
     progress.finish(bar)
     return [f"{o.task.name}: {o.error}" for o in outcomes if o.result is None]
-
-
-def _source(shard: ShardIndex) -> SourceInfo:
-    return SourceInfo(
-        path=shard.path, num_bytes=shard.num_bytes, sha256=None, problems=shard.problems
-    )
 
 
 def _committed(
@@ -275,26 +272,22 @@ def _committed(
     cache: Cache | None,
     shards: Sequence[ShardIndex],
     columns: dict[str, tuple[str, str]],
-) -> tuple[collections.Counter[str], int]:
-    """Rows by status and bytes of the config's parts, as committed."""
+) -> tuple[collections.Counter[str], int, int]:
+    """Rows by status, stored bytes and dense fp16 bytes of the config's committed parts."""
     rows: collections.Counter[str] = collections.Counter()
-    num_bytes = 0
-    if cache is None:
-        return rows, num_bytes
-    for view in range(config.views.num):
+    num_bytes = dense_bytes = 0
+    tokens = config.clip.grid.num_units * TOKENS_PER_UNIT
+    for view in range(config.views.num if cache else 0):
         for shard in shards:
+            assert cache is not None
             found = cache.part_commits(PartId(shard_id=shard.shard_id, view=view))
             if found is None:
                 continue
+            wanted = [c for name, c in found.columns.items() if name in columns]
             rows.update(found.base.statuses)
-            num_bytes += _part_bytes(found, columns)
-    return rows, num_bytes
-
-
-def _part_bytes(found: PartCommits, columns: dict[str, tuple[str, str]]) -> int:
-    return found.base.num_bytes + sum(
-        c.num_bytes for name, c in found.columns.items() if name in columns
-    )
+            num_bytes += found.base.num_bytes + sum(c.num_bytes for c in wanted)
+            dense_bytes += sum(2 * found.base.array_rows * tokens * c.width for c in wanted)
+    return rows, num_bytes, dense_bytes
 
 
 def _judge(config: RunConfig, rows: collections.Counter[str]) -> None:
@@ -307,22 +300,3 @@ def _judge(config: RunConfig, rows: collections.Counter[str]) -> None:
             f"{bad} of {total} clips are bad ({kinds}), more than data.max_bad_fraction="
             f"{limit:g} allows: look at the rows' messages, or raise the limit"
         )
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set, while the block runs in the main thread."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

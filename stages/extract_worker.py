@@ -19,19 +19,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdhiera.cache.commit import Cache, SourceInfo
+from kdhiera.cache.commit import Cache
 from kdhiera.cache.layout import ColumnStatus, PartId
+from kdhiera.cache.reader import BaseRows, read_base
 from kdhiera.cache.table import Row
 from kdhiera.cache.writer import Attempt, CommitResult
 from kdhiera.config import RunConfig
 from kdhiera.data.clip import Clip, ClipRequest, DecodeFailure
+from kdhiera.data.ordered import decode_samples
 from kdhiera.data.sandbox import Sandbox
 from kdhiera.data.shards import Sample, ShardIndex, read_shard
 from kdhiera.devices import resolve_device
 from kdhiera.errors import StoppedError
 from kdhiera.featurize import Featurized
-from kdhiera.stages.assemble import decode_limits, featurizer_of, provenance
-from kdhiera.stages.clips import decode_in_order
+from kdhiera.stages.assemble import decode_limits, featurizer_of, provenance, source_of
 from kdhiera.views import RowStatus
 
 logger = logging.getLogger(__name__)
@@ -131,19 +132,16 @@ class PartExtractor:
         return PartResult(num_bytes=result.num_bytes, seconds=time.monotonic() - started)
 
     def _run(self, task: PartTask, *, replay: bool) -> CommitResult:
-        stored = self._cache.read_base(task.part).units if replay else None
-        items = self._replayed(task) if replay else self._drawn(task)
+        found = self._cache.part_commits(task.part) if replay else None
+        base = found.base if found else None
+        stored = read_base(self._cache, base) if base else None
+        items = self._replayed(task, stored) if stored else self._drawn(task)
         attempt = Attempt(
             self._cache,
             task.part,
-            source=SourceInfo(
-                path=task.shard.path,
-                num_bytes=task.shard.num_bytes,
-                sha256=None,
-                problems=task.shard.problems,
-            ),
+            source=source_of(task.shard),
             columns={column: self._widths[key] for column, key in task.columns.items()},
-            write_base=not replay,
+            base=base,
             provenance=provenance(),
             lease_seconds=self._config.extract.lease_seconds,
         )
@@ -151,11 +149,13 @@ class PartExtractor:
             written: Future[None] | None = None
             done = 0
             for batch in self._batches(items):
-                units = None if stored is None else stored[done : done + len(batch)]
+                units = None if stored is None else stored.units[done : done + len(batch)]
                 out = self._teach(task, batch, units)
                 if written is not None:
                     written.result()
-                written = writer.submit(self._write, task, attempt, batch, out, replay=replay)
+                written = writer.submit(
+                    self._write, task, attempt, batch, out, replay=base is not None
+                )
                 done += len(batch)
                 self._rows += len(batch)
                 self._bad += sum(item.clip is None for item in batch)
@@ -169,20 +169,18 @@ class PartExtractor:
     def _drawn(self, task: PartTask) -> Iterator[_Item]:
         """All samples of the shard, each with a newly drawn view."""
         policy = self._config.view_policy
-        extensions = self._config.data.video_extensions
         wanted = (
             (sample, ClipRequest(uid=sample.uid, view=task.view, policy=policy))
-            for sample in read_shard(task.shard, video_extensions=extensions)
+            for sample in self._samples(task)
         )
         for sample, outcome in self._decode(wanted):
             clip = outcome if isinstance(outcome, Clip) else None
             yield _Item(row=_row(sample, outcome), clip=clip)
 
-    def _replayed(self, task: PartTask) -> Iterator[_Item]:
+    def _replayed(self, task: PartTask, stored: BaseRows) -> Iterator[_Item]:
         """The good rows of the committed base, each with exactly its stored view."""
-        good = {r.uid: r for r in self._cache.rows(task.part) if r.status is RowStatus.OK}
+        good = {r.uid: r for r in stored.rows if r.status is RowStatus.OK}
         policy = self._config.view_policy
-        extensions = self._config.data.video_extensions
         wanted = (
             (
                 sample,
@@ -194,7 +192,7 @@ class PartExtractor:
                     replay_decoder=good[sample.uid].decoder,
                 ),
             )
-            for sample in read_shard(task.shard, video_extensions=extensions)
+            for sample in self._samples(task)
             if sample.uid in good
         )
         for sample, outcome in self._decode(wanted):
@@ -202,11 +200,18 @@ class PartExtractor:
             same = isinstance(outcome, Clip) and outcome.crc32c == row.clip_crc32c
             yield _Item(row=row, clip=outcome if same and isinstance(outcome, Clip) else None)
 
+    def _samples(self, task: PartTask) -> Iterator[Sample]:
+        return read_shard(
+            task.shard,
+            video_extensions=self._config.data.video_extensions,
+            max_video_bytes=self._config.decode.max_video_bytes,
+        )
+
     def _decode(
         self, wanted: Iterable[tuple[Sample, ClipRequest]]
     ) -> Iterator[tuple[Sample, Clip | DecodeFailure]]:
         ahead = 2 * self._config.extract.batch_size
-        return decode_in_order(self._sandbox, wanted, in_flight=ahead)
+        return decode_samples(self._sandbox, wanted, in_flight=ahead)
 
     def _batches(self, items: Iterable[_Item]) -> Iterator[list[_Item]]:
         """Consecutive items with up to `batch_size` clips among them."""

@@ -75,6 +75,7 @@ def run_on_ray(
     A dead, hung or failing actor is replaced and its task tried again, at most
     `extract.max_attempts` times; the other tasks go on.
     """
+    _set_environment(config)
     import ray
 
     started_here = not ray.is_initialized()
@@ -89,19 +90,24 @@ def run_on_ray(
             ray.shutdown()
 
 
+def _set_environment(config: RunConfig) -> None:
+    """What Ray reads when it is imported: a token for every caller, no usage reports."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if config.ray.address is None:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
 def _connect(config: RunConfig) -> None:
-    """Join the cluster, or start Ray here: no dashboard, and a token for every caller."""
+    """Join the cluster, or start Ray on this machine without a dashboard."""
     import ray
 
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "configure_logging": False}
     if config.ray.address is not None:
         ray.init(address=config.ray.address, **quiet)
-        return
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(include_dashboard=False, num_cpus=len(os.sched_getaffinity(0)), **quiet)
+    else:
+        ray.init(include_dashboard=False, num_cpus=len(os.sched_getaffinity(0)), **quiet)
 
 
 class _Actor:

@@ -1,0 +1,1 @@
+"""The teacher cache: identity, encoding, writing, committing, reading."""

@@ -1,0 +1,303 @@
+"""Reading committed rows by global index, many rows and columns at once.
+
+Samples are numbered over the shards in sorted order, then in the order of the shard; a
+sample is there if it is good in every view and column asked for. What was committed when
+the reader opened is what it reads, whatever is added meanwhile.
+
+    sample -> (shard, ordinal) -> array row in the part of the view asked for
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Float32, Int, Int16
+
+from kdhiera.cache.arrays import open_array, read_array
+from kdhiera.cache.commit import Cache
+from kdhiera.cache.index import ShardIndex, build_index
+from kdhiera.cache.layout import (
+    ArraySpec,
+    PartId,
+    base_arrays,
+    column_arrays,
+    column_group,
+    parse_column,
+)
+from kdhiera.cache.records import BaseCommit, PartCommits
+from kdhiera.cache.rows import KeptRows
+from kdhiera.cache.stats import ChannelStatistics, merge
+from kdhiera.cache.table import Row, read_columns
+from kdhiera.errors import DamagedError
+
+_OPEN_PARTS = 512
+_INDEX_CACHE_BYTES = 64 * 2**20
+_THREADS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _OpenPart:
+    uids: Any  # Arrow text array over all rows, good or bad
+    base: Mapping[str, Any]
+    columns: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseRows:
+    """Rows of a part and what replaying them needs.
+
+    Args:
+        rows: Good and bad samples in the order of the shard.
+        units: Kept units of the good ones, -1 pads at the end.
+        scores: Scores of all units of the good ones.
+    """
+
+    rows: Sequence[Row]
+    units: Int16[np.ndarray, "r k"]
+    scores: Float32[np.ndarray, "r slots units"]
+
+
+def read_base(cache: Cache, base: BaseCommit) -> BaseRows:
+    """Rows of a committed base, to add columns to it.
+
+    Raises:
+        DamagedError: If a file of the base is missing or damaged.
+    """
+    return BaseRows(
+        rows=cache.rows(base),
+        units=read_array(cache, base, "base.zarr/units"),
+        scores=read_array(cache, base, "base.zarr/scores"),
+    )
+
+
+class CacheReader:
+    """Rows of a cache by sample number; safe to use from several threads.
+
+    Args:
+        cache: A cache whose identity was checked against the run (`Cache.check`,
+            `Cache.check_column`).
+        num_views: Views 0 .. num_views-1 are asked for.
+        columns: Columns asked for.
+        shards: Shard ids asked for; None means all that the cache has a part of.
+        allow_partial: Leave out shards that lack a view or a column instead of refusing.
+
+    Raises:
+        MismatchError: If something asked for is not committed, or nothing is there.
+        DamagedError: If a record is damaged or views of a shard disagree.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        num_views: int,
+        columns: Sequence[str],
+        shards: Collection[str] | None = None,
+        allow_partial: bool = False,
+    ) -> None:
+        index = build_index(
+            cache, num_views=num_views, columns=columns, shards=shards, allow_partial=allow_partial
+        )
+        self.cache = cache
+        self.num_views = num_views
+        self.columns = tuple(columns)
+        self.coverage = index.coverage
+        self.snapshot_sha256 = _snapshot_sha256(index.parts, columns)
+        self._shards = index.shards
+        self._parts = index.parts
+        self._starts = np.cumsum([0, *(s.num_samples for s in index.shards)])
+        self._widths = {c: _width(index.parts, c) for c in columns}
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": _INDEX_CACHE_BYTES}})
+        self._opened: OrderedDict[PartId, _OpenPart] = OrderedDict()
+        self._checked: set[PartId] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def num_samples(self) -> int:
+        """Trainable samples, numbered 0 upwards."""
+        return int(self._starts[-1])
+
+    def read(
+        self,
+        samples: Int[np.ndarray, " b"],
+        *,
+        view: int,
+        columns: Sequence[str] | None = None,
+    ) -> KeptRows:
+        """Read one view of some samples, all arrays at once.
+
+        Args:
+            samples: Sample numbers, in any order, repeats allowed.
+            view: View number.
+            columns: Columns to read; None means all that the reader was opened with.
+
+        Returns:
+            Rows in the order of `samples`.
+
+        Raises:
+            DamagedError: If a byte that is needed is missing or wrong.
+        """
+        wanted = self.columns if columns is None else tuple(columns)
+        base = self._empty(base_arrays(self.cache.grid, self.cache.max_kept), len(samples))
+        codes = {column: self._empty(self._column_specs(column), len(samples)) for column in wanted}
+        uids = np.empty(len(samples), object)
+        pending: list[tuple[PartId, str, Any]] = []
+        with ts.Batch() as batch:  # reads are submitted together when it closes
+            for shard, places, ordinals, rows in self._locate(samples, view):
+                part = PartId(shard_id=shard.shard_id, view=view)
+                opened = self._open(part)
+                uids[places] = opened.uids.take(ordinals).to_pylist()
+                moves = [(f"base.zarr/{n}", base[n], a) for n, a in opened.base.items()]
+                for column in wanted:
+                    stored = opened.columns[column]
+                    moves += [(f"{column}/{n}", codes[column][n], a) for n, a in stored.items()]
+                for name, out, array in moves:
+                    target = ts.array(out, copy=False)[places]
+                    pending.append((part, name, target.write(array[rows], batch=batch)))
+        for part, name, future in pending:
+            try:
+                future.result()
+            except ValueError as error:
+                raise self.cache.damaged(part, f"{name}: {error}") from None
+        return KeptRows(
+            uids=tuple(uids),
+            units=base["units"],
+            scores=base["scores"],
+            pixels=base["pixels"],
+            columns=codes,
+        )
+
+    def width(self, column: str) -> int:
+        """Channels of a column."""
+        return self._widths[column]
+
+    def uids(self, samples: Int[np.ndarray, " b"]) -> list[str]:
+        """Identities of samples, the same in every view."""
+        return self._table_values(samples, "uid")
+
+    def labels(self, samples: Int[np.ndarray, " b"]) -> list[dict[str, Any]]:
+        """Labels that samples carried in their shard; empty where they had none."""
+        return [json.loads(text) for text in self._table_values(samples, "labels")]
+
+    def statistics(self, column: str) -> ChannelStatistics:
+        """Channel statistics of a column over all tokens of all parts that are read."""
+
+        def load(part: PartId) -> ChannelStatistics:
+            data = self.cache.read_file(self._parts[part].columns[column], "stats.npz")
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                return ChannelStatistics(
+                    count=int(arrays[f"{column}.count"]),
+                    mean=arrays[f"{column}.mean"],
+                    m2=arrays[f"{column}.m2"],
+                )
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return merge(pool.map(load, sorted(self._parts)), self._widths[column])
+
+    def _column_specs(self, column: str) -> dict[str, ArraySpec]:
+        """Arrays of a column that travel with a batch: all but its status."""
+        specs = column_arrays(
+            parse_column(column).encoding,
+            max_kept=self.cache.max_kept,
+            width=self._widths[column],
+        )
+        return {name: spec for name, spec in specs.items() if name != "status"}
+
+    def _empty(self, specs: Mapping[str, ArraySpec], rows: int) -> dict[str, np.ndarray]:
+        return {n: np.empty((rows, *spec.shape), spec.dtype) for n, spec in specs.items()}
+
+    def _locate(
+        self, samples: Int[np.ndarray, " b"], view: int
+    ) -> Iterator[tuple[ShardIndex, np.ndarray, np.ndarray, np.ndarray]]:
+        """Shards of some samples, each with places in the request, ordinals, array rows."""
+        numbers = np.asarray(samples, np.int64)
+        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < self.num_samples):
+            raise IndexError(f"samples are numbered 0 to {self.num_samples - 1}")
+        if not 0 <= view < self.num_views:
+            raise IndexError(f"views are numbered 0 to {self.num_views - 1}, got {view}")
+        owners = np.searchsorted(self._starts, numbers, side="right") - 1
+        for owner in np.unique(owners):
+            shard = self._shards[owner]
+            places = np.flatnonzero(owners == owner)
+            inside = numbers[places] - self._starts[owner]
+            ordinals = inside if shard.ordinals is None else shard.ordinals[inside]
+            rows = shard.array_rows[view]
+            yield shard, places, ordinals, inside if rows is None else rows[inside]
+
+    def _table_values(self, samples: Int[np.ndarray, " b"], column: str) -> list[Any]:
+        values = np.empty(len(samples), object)
+        for shard, places, ordinals, _ in self._locate(samples, 0):
+            part = PartId(shard_id=shard.shard_id, view=0)
+            table = self._read_rows(self._parts[part].base, column)
+            values[places] = table[column].take(ordinals).to_pylist()
+        return list(values)
+
+    def _read_rows(self, base: BaseCommit, column: str) -> Any:
+        return read_columns(self.cache.read_file(base, "rows.parquet"), [column])
+
+    def _open(self, part: PartId) -> _OpenPart:
+        """Handles of a part; its files are checked when it is touched first."""
+        with self._lock:
+            opened = self._opened.get(part) or self._check_and_open(part)
+            self._opened[part] = opened
+            self._opened.move_to_end(part)
+            if len(self._opened) > _OPEN_PARTS:
+                self._opened.popitem(last=False)
+            return opened
+
+    def _check_and_open(self, part: PartId) -> _OpenPart:
+        commits = self._parts[part]
+        columns = {column: commits.columns[column] for column in self.columns}
+        if part not in self._checked:
+            self.cache.check_files(commits.base)
+            for commit in columns.values():
+                self.cache.check_files(commit)
+            self._checked.add(part)
+        try:
+            return _OpenPart(
+                uids=self._read_rows(commits.base, "uid")["uid"],
+                base=self._open_arrays(
+                    self.cache.folder(commits.base) / "base.zarr",
+                    base_arrays(self.cache.grid, self.cache.max_kept),
+                ),
+                columns={
+                    column: self._open_arrays(
+                        self.cache.folder(commit) / column_group(column),
+                        self._column_specs(column),
+                    )
+                    for column, commit in columns.items()
+                },
+            )
+        except ValueError as error:
+            raise self.cache.damaged(part, str(error)) from None
+
+    def _open_arrays(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:
+        return {name: open_array(folder / name, self._context) for name in names}
+
+
+def _width(parts: Mapping[PartId, PartCommits], column: str) -> int:
+    widths = {commits.columns[column].width for commits in parts.values()}
+    if len(widths) != 1:
+        raise DamagedError(f"parts of column {column} have different widths: {sorted(widths)}")
+    return widths.pop()
+
+
+def _snapshot_sha256(parts: Mapping[PartId, PartCommits], columns: Sequence[str]) -> str:
+    """Hash over the records of all that is read."""
+    digest = hashlib.sha256()
+    for part in sorted(parts):
+        commits = parts[part]
+        hashes = [commits.base.sha256, *(commits.columns[c].sha256 for c in sorted(columns))]
+        digest.update(f"{part.shard_id}\n{part.view}\n{' '.join(hashes)}\n".encode())
+    return digest.hexdigest()

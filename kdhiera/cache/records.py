@@ -1,0 +1,203 @@
+"""Records: what a commit point says, and how it is kept whole.
+
+A sealed file is one line of JSON, `{"body":BODY,"sha256":"HEX"}`, with the hash over the
+bytes of BODY. A base record names the files, rows and source of a part; a column record
+names in addition the base record it belongs to by its sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from kdhiera.cache.fingerprint import canonical_json
+from kdhiera.cache.layout import PartId
+from kdhiera.errors import DamagedError
+
+_HEAD, _MIDDLE, _TAIL = b'{"body":', b',"sha256":"', b'"}\n'
+_SEAL_BYTES = len(_MIDDLE) + 64 + len(_TAIL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceInfo:
+    """Where a part's samples came from.
+
+    Args:
+        path: As listed; query strings and credentials are cut before it is recorded.
+        num_bytes: Size of the shard.
+        sha256: Of the whole shard, or None where it was not read whole.
+        problems: What is wrong with the shard itself, in words.
+    """
+
+    path: str
+    num_bytes: int
+    sha256: str | None
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseCommit:
+    """A base record without its list of files.
+
+    Args:
+        part: Which part.
+        attempt: Attempt that holds its arrays.
+        sha256: Of the record; columns are bound to it.
+        num_rows: Samples, good or bad.
+        array_rows: Good samples.
+        statuses: Rows by status.
+        samples_digest: Hash of which samples there are.
+        rows_digest: Hash of all that a column depends on.
+        num_bytes: Bytes of its files.
+        source: The shard.
+    """
+
+    part: PartId
+    attempt: str
+    sha256: str
+    num_rows: int
+    array_rows: int
+    statuses: Mapping[str, int]
+    samples_digest: str
+    rows_digest: str
+    num_bytes: int
+    source: SourceInfo
+
+    @property
+    def column(self) -> None:
+        """A base belongs to no column."""
+        return
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ColumnCommit:
+    """A column record without its list of files.
+
+    Args:
+        part: Which part.
+        column: Column id.
+        attempt: Attempt that holds its arrays.
+        sha256: Of the record.
+        base_sha256: The base record it belongs to.
+        width: Channels.
+        statuses: Good rows by column status.
+        num_bytes: Bytes of its files.
+    """
+
+    part: PartId
+    column: str
+    attempt: str
+    sha256: str
+    base_sha256: str
+    width: int
+    statuses: Mapping[str, int]
+    num_bytes: int
+
+
+Commit = BaseCommit | ColumnCommit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartCommits:
+    """What is committed of one part."""
+
+    base: BaseCommit
+    columns: Mapping[str, ColumnCommit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """What a part still lacks.
+
+    Args:
+        base: Whether its base is missing (then all columns are).
+        columns: Columns that are missing, in the order asked for.
+    """
+
+    base: bool
+    columns: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return self.base or bool(self.columns)
+
+
+def seal(body: Mapping[str, object]) -> bytes:
+    """A JSON record with its own checksum."""
+    data = canonical_json(body)
+    return b"".join((_HEAD, data, _MIDDLE, hashlib.sha256(data).hexdigest().encode(), _TAIL))
+
+
+def unseal(data: bytes, path: Path) -> dict[str, Any]:
+    """Inverse of `seal`.
+
+    Args:
+        data: Bytes of the file.
+        path: Where they came from, for the message.
+
+    Raises:
+        DamagedError: If they are not what `seal` wrote.
+    """
+    body, end = data[len(_HEAD) : -_SEAL_BYTES], data[-_SEAL_BYTES:]
+    expected = b"".join((_MIDDLE, hashlib.sha256(body).hexdigest().encode(), _TAIL))
+    if not data.startswith(_HEAD) or end != expected:
+        raise DamagedError(f"{path} is damaged: it does not match its own checksum")
+    record: dict[str, Any] = json.loads(body)
+    return record
+
+
+def parse_commit(data: bytes, path: Path) -> tuple[Commit, str]:
+    """A commit record without its list of files.
+
+    Args:
+        data: Bytes of the record.
+        path: Where they came from, for the message.
+
+    Returns:
+        The commit and the fingerprint it was made under.
+
+    Raises:
+        DamagedError: If the record is damaged.
+    """
+    body = unseal(data, path)
+    part = PartId(shard_id=body["shard_id"], view=body["view"])
+    sha256 = hashlib.sha256(data).hexdigest()
+    num_bytes = sum(size for size, _ in body["files"].values())
+    if body["kind"] == "base":
+        source = body["source"]
+        base = BaseCommit(
+            part=part,
+            attempt=body["attempt"],
+            sha256=sha256,
+            num_rows=body["num_rows"],
+            array_rows=body["array_rows"],
+            statuses=body["statuses"],
+            samples_digest=body["samples_digest"],
+            rows_digest=body["rows_digest"],
+            num_bytes=num_bytes,
+            source=SourceInfo(**{**source, "problems": tuple(source["problems"])}),
+        )
+        return base, body["fingerprint"]
+    column = ColumnCommit(
+        part=part,
+        column=body["column"],
+        attempt=body["attempt"],
+        sha256=sha256,
+        base_sha256=body["base_sha256"],
+        width=body["width"],
+        statuses=body["statuses"],
+        num_bytes=num_bytes,
+    )
+    return column, body["fingerprint"]
+
+
+def redact(path: str) -> str:
+    """A path or URL without credentials, query and fragment."""
+    if "://" not in path:
+        return path
+    url = urlsplit(path)
+    return urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))

@@ -1,0 +1,471 @@
+"""One attempt at a part: write into a fresh folder, verify, then publish.
+
+    append_rows, append_features, ... -> whole Zarr shards as they fill
+    commit: rest + rows.parquet + stats.npz -> fsync -> read back -> base.json -> columns
+
+Until `commit` publishes, nothing of the attempt can be seen; when it fails or the
+process dies, its folder is garbage and another attempt starts from nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import google_crc32c
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int, UInt8
+from torch import Tensor
+
+from kdhiera.cache.arrays import ArrayWriter, create_group, read_array
+from kdhiera.cache.commit import Cache, file_crc32c
+from kdhiera.cache.encoding import ENCODINGS
+from kdhiera.cache.layout import (
+    ColumnStatus,
+    PartId,
+    attempt_folder,
+    base_arrays,
+    column_arrays,
+    column_group,
+    commit_file,
+    parse_column,
+)
+from kdhiera.cache.records import BaseCommit, SourceInfo, redact, seal
+from kdhiera.cache.stats import ChannelStatistics, merge
+from kdhiera.cache.table import Row, count_statuses, rows_digest, samples_digest, to_parquet
+from kdhiera.errors import KdhieraError, MismatchError
+from kdhiera.storage import disk_errors, fsync_folder, make_folder, put_if_absent, write_atomic
+from kdhiera.views import RowStatus
+
+Files = dict[str, tuple[int, int]]
+_SYNC_THREADS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitResult:
+    """What became of an attempt.
+
+    Args:
+        won_base: This attempt's base is the committed one.
+        adopted: Another attempt's base won and is equal; the columns were bound to it.
+        published: Columns that this attempt committed; one that another attempt
+            committed first is left to it.
+        replay_needed: Another attempt's base won and differs: the columns were discarded
+            and the winner's rows must be replayed.
+        num_bytes: Bytes of the files that were committed.
+    """
+
+    won_base: bool
+    adopted: bool
+    published: tuple[str, ...]
+    replay_needed: bool
+    num_bytes: int
+
+
+class _ColumnWriter:
+    """The arrays of one column and what was seen of it."""
+
+    def __init__(self, column: str, arrays: Mapping[str, ArrayWriter], width: int) -> None:
+        self.arrays = arrays
+        self.width = width
+        self.num_rows = 0
+        self.statuses = np.zeros(len(ColumnStatus), np.int64)
+        self.statistics = merge((), width)
+        self.encode = ENCODINGS[parse_column(column).encoding].encode
+
+
+class Attempt:
+    """Writes a part's base, columns, or both; a context manager.
+
+    Leaving the context without `commit` abandons the attempt.
+
+    Args:
+        cache: Where to write; it must know the columns (`Cache.ensure_column`).
+        part: Which part.
+        source: The shard as it is read now.
+        columns: Width of every column to write, by column id.
+        base: The committed base to add columns to, features being appended in its array
+            order; None writes rows and base itself.
+        provenance: Versions and the like, recorded with every commit.
+        lease_seconds: After this long the attempt may not publish any more.
+
+    Raises:
+        MismatchError: If the shard's bytes are not those that another view was made of.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        part: PartId,
+        *,
+        source: SourceInfo,
+        columns: Mapping[str, int],
+        base: BaseCommit | None = None,
+        provenance: Mapping[str, object],
+        lease_seconds: float,
+    ) -> None:
+        self.cache, self.part = cache, part
+        self._source = replace(source, path=redact(source.path))
+        self._provenance = provenance
+        self._rows: list[Row] = []
+        self._units: list[Int[np.ndarray, " k"]] = []  # of every good row
+        self._kept_crc32c: list[int] = []
+        _refuse_changed_source(cache, part, source)
+        self._bound_to = base
+        if base:
+            assert base.part == part, (base.part, part)
+            self._units = list(read_array(cache, base, "base.zarr/units"))
+        self._lease_seconds = lease_seconds
+        self._deadline = time.monotonic() + lease_seconds
+        self._ended = False
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        self.attempt = f"{stamp}-{secrets.token_hex(6)}"
+        self.folder = attempt_folder(cache.root, part, self.attempt)
+        with disk_errors(cache.root):
+            make_folder(self.folder)
+            lease = {"kind": "attempt", "began": time.time(), "lease_seconds": lease_seconds}
+            write_atomic(self.folder / "attempt.json", seal(lease))
+            self._base = {} if base else self._create_base()
+            self._columns = self._create_columns(columns)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._ended:
+            self.abandon()
+
+    @property
+    def num_good(self) -> int:
+        """Good rows so far, or of the committed base."""
+        return len(self._units)
+
+    def append_rows(
+        self,
+        rows: Sequence[Row],
+        *,
+        units: Int[np.ndarray, "good k"],
+        scores: Float[np.ndarray, "good slots units"],
+        pixels: UInt8[np.ndarray, "good k 2 32 32 3"],
+    ) -> None:
+        """Add samples in the order of the shard.
+
+        Args:
+            rows: Good and bad ones.
+            units: Kept units of every good row of `rows`, ascending, padded with -1 to K.
+            scores: Scores of all their units.
+            pixels: Their kept pixels; what stands at padded units is not stored.
+        """
+        assert self._base, "this attempt does not write the base"
+        good = sum(row.status is RowStatus.OK for row in rows)
+        assert len(units) == len(scores) == len(pixels) == good, (len(units), good)
+        numbers = units.astype(np.int16)
+        kept = np.where((numbers < 0)[:, :, None, None, None, None], np.uint8(0), pixels)
+        with disk_errors(self.cache.root):
+            self._base["units"].append(numbers)
+            self._base["scores"].append(scores)
+            self._base["pixels"].append(kept)
+        self._kept_crc32c += [kept_crc32c(u, p) for u, p in zip(numbers, kept, strict=True)]
+        self._units += list(numbers)
+        self._rows += rows
+
+    def append_features(
+        self, column: str, features: Float32[Tensor, "n k 4 c"], status: UInt8[np.ndarray, " n"]
+    ) -> None:
+        """Add the next rows of a column, in array order (good rows only).
+
+        Args:
+            column: Column id.
+            features: Raw features of the kept units; what stands at padded units, and in
+                rows whose status is not ok, is not stored.
+            status: A `ColumnStatus` for every row. An ok row with a value that is not
+                finite becomes `nonfinite` here.
+        """
+        target = self._columns[column]
+        start, stop = target.num_rows, target.num_rows + len(features)
+        assert stop <= self.num_good, "append the rows before their features"
+        if start == stop:
+            return
+        padded = torch.from_numpy(np.stack(self._units[start:stop]) < 0).to(features.device)
+        kept = features.masked_fill(padded[:, :, None, None], 0.0)
+        finite = kept.flatten(1).abs().amax(1).isfinite().cpu().numpy()
+        status = status.astype(np.uint8)
+        status[(status == ColumnStatus.OK) & ~finite] = ColumnStatus.NONFINITE
+        lost = torch.from_numpy(status != ColumnStatus.OK).to(features.device)
+        encoded = target.encode(kept.masked_fill(lost[:, None, None, None], 0.0))
+        with disk_errors(self.cache.root):
+            for name, values in encoded.items():
+                target.arrays[name].append(values.cpu().numpy())
+            target.arrays["status"].append(status)
+        target.statuses += np.bincount(status, minlength=len(ColumnStatus))
+        target.num_rows = stop
+
+    def append_statistics(self, column: str, statistics: ChannelStatistics) -> None:
+        """Add to a column's channel statistics.
+
+        Args:
+            column: Column id.
+            statistics: Of *all* tokens of more good rows, before units were picked, rows
+                that are not ok in this column left out.
+
+        Raises:
+            ValueError: If they are not finite.
+        """
+        if not (np.isfinite(statistics.mean).all() and np.isfinite(statistics.m2).all()):
+            raise ValueError(f"statistics of {column} are not finite: leave nonfinite rows out")
+        target = self._columns[column]
+        target.statistics = merge((target.statistics, statistics), target.width)
+
+    def commit(self) -> CommitResult:
+        """Write what is left, verify everything, and publish it.
+
+        Returns:
+            What was published; the rest of the part is another attempt's.
+
+        Raises:
+            KdhieraError: If what was written does not read back, the disk is full, or the
+                lease has run out. Nothing was published then.
+        """
+        with disk_errors(self.cache.root):
+            written = self._finish()
+            files = _sync(self.folder)
+        self._verify(files, written)
+        self._check_lease()
+        self._ended = True  # from here on a record may name this folder: it stays
+        base = self._bound_to or self._publish_base(files)
+        won = base.attempt == self.attempt
+        same = won or base is self._bound_to or base.rows_digest == self._rows_digest
+        published: list[str] = []
+        if same:
+            self._check_lease()
+            published = [c for c in self._columns if self._publish_column(c, files, base)]
+        if not won and not published:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        elif not won and self._base:  # equal rows are kept once: the winner's
+            shutil.rmtree(self.folder / "base.zarr")
+            (self.folder / "rows.parquet").unlink()
+        sizes: Files = files if won else {}
+        for column in published:
+            sizes = sizes | _column_files(files, column)
+        return CommitResult(
+            won_base=won,
+            adopted=bool(self._base) and same and not won,
+            published=tuple(published),
+            replay_needed=not same and bool(self._columns),
+            num_bytes=sum(size for size, _ in sizes.values()),
+        )
+
+    def abandon(self) -> None:
+        """Give up before `commit`: remove the attempt's folder as far as that is possible."""
+        assert not self._ended, "a commit may name this attempt"
+        self._ended = True
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def _rows_digest(self) -> str:
+        return rows_digest(self._rows, self._kept_crc32c)
+
+    def _create_base(self) -> dict[str, ArrayWriter]:
+        folder = self.folder / "base.zarr"
+        create_group(folder, {"part": asdict(self.part), "fingerprint": self.cache.fingerprint})
+        specs = base_arrays(self.cache.grid, self.cache.max_kept)
+        return {name: ArrayWriter(folder, name, spec) for name, spec in specs.items()}
+
+    def _create_columns(self, widths: Mapping[str, int]) -> dict[str, _ColumnWriter]:
+        if widths:
+            create_group(self.folder / "targets.zarr", {"part": asdict(self.part)})
+        for teacher in sorted({parse_column(c).teacher for c in widths}):
+            create_group(self.folder / "targets.zarr" / teacher, {})
+        writers: dict[str, _ColumnWriter] = {}
+        for column, width in widths.items():
+            folder = self.folder / column_group(column)
+            name = parse_column(column)
+            create_group(
+                folder,
+                {**asdict(name), "fingerprint": self.cache.column_fingerprint(column)},
+            )
+            specs = column_arrays(name.encoding, max_kept=self.cache.max_kept, width=width)
+            arrays = {n: ArrayWriter(folder, n, spec) for n, spec in specs.items()}
+            writers[column] = _ColumnWriter(column, arrays, width)
+        return writers
+
+    def _array_writers(self) -> list[ArrayWriter]:
+        columns = (a for column in self._columns.values() for a in column.arrays.values())
+        return [*self._base.values(), *columns]
+
+    def _finish(self) -> dict[str, bytes]:
+        """Write all that is not yet on disk; returns the small files' contents."""
+        for column, target in self._columns.items():
+            assert target.num_rows == self.num_good, f"{column} lacks rows"
+        for array in self._array_writers():
+            array.finish()
+        written: dict[str, bytes] = {}
+        if self._base:
+            written["rows.parquet"] = to_parquet(self._rows, self._kept_crc32c)
+        if self._columns:
+            written["stats.npz"] = _statistics_file(
+                {column: target.statistics for column, target in self._columns.items()}
+            )
+        for name, data in written.items():
+            write_atomic(self.folder / name, data)
+        return written
+
+    def _verify(self, files: Files, written: Mapping[str, bytes]) -> None:
+        wrong = [
+            name
+            for name, data in written.items()
+            if files[name] != (len(data), google_crc32c.value(data))
+        ]
+        wrong += [problem for array in self._array_writers() if (problem := array.verify())]
+        if wrong:
+            raise KdhieraError(
+                f"part {self.part} was not committed: what was written to {self.folder} reads "
+                f"back differently ({'; '.join(wrong)}). Check the disk and memory of this machine"
+            )
+
+    def _check_lease(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise KdhieraError(
+                f"part {self.part} was not committed: the attempt took longer than "
+                f"extract.lease_seconds = {self._lease_seconds:g}; raise it or make smaller shards"
+            )
+
+    def _publish_base(self, files: Files) -> BaseCommit:
+        """Publish the base unless there is one; returns the one that is committed."""
+        body = {
+            **self._record("base", self.cache.fingerprint),
+            "source": asdict(self._source),
+            "num_rows": len(self._rows),
+            "array_rows": self.num_good,
+            "statuses": count_statuses(self._rows),
+            "samples_digest": samples_digest(self._rows),
+            "rows_digest": self._rows_digest,
+            "files": {
+                name: entry
+                for name, entry in files.items()
+                if name == "rows.parquet" or name.startswith("base.zarr/")
+            },
+        }
+        _publish(commit_file(self.cache.root, self.part, None), seal(body))
+        return _committed_base(self.cache, self.part)
+
+    def _publish_column(self, column: str, files: Files, base: BaseCommit) -> bool:
+        """Publish a column unless there is one; returns whether it is this attempt's."""
+        target = self._columns[column]
+        body = {
+            **self._record("column", self.cache.column_fingerprint(column)),
+            "column": column,
+            "base_sha256": base.sha256,
+            "width": target.width,
+            "statuses": {
+                status.name.lower(): int(count)
+                for status, count in zip(ColumnStatus, target.statuses, strict=True)
+                if count
+            },
+            "files": _column_files(files, column),
+        }
+        return _publish(commit_file(self.cache.root, self.part, column), seal(body))
+
+    def _record(self, kind: str, fingerprint: str) -> dict[str, object]:
+        return {
+            "kind": kind,
+            **asdict(self.part),
+            "attempt": self.attempt,
+            "fingerprint": fingerprint,
+            "provenance": self._provenance,
+        }
+
+
+def kept_crc32c(units: Int[np.ndarray, " k"], pixels: UInt8[np.ndarray, "k 2 32 32 3"]) -> int:
+    """Checksum of what a row keeps: its unit numbers (int16) and their pixels.
+
+    Padding counts: pixels at padded units are zeros.
+    """
+    checksum = google_crc32c.value(np.ascontiguousarray(units, dtype=np.int16))
+    return int(google_crc32c.extend(checksum, np.ascontiguousarray(pixels)))
+
+
+def _publish(path: Path, record: bytes) -> bool:
+    """Create a record; where the answer is an error, what is there then decides.
+
+    Returns:
+        Whether the record there is this one.
+    """
+    try:
+        put_if_absent(path, record)
+    except OSError:
+        if not path.exists():
+            raise
+    return path.read_bytes() == record
+
+
+def _column_files(files: Files, column: str) -> Files:
+    """A column's own files and those it shares: group metadata and statistics."""
+    group = column_group(column)
+    shared = {"stats.npz", "targets.zarr/zarr.json", f"{group.rpartition('/')[0]}/zarr.json"}
+    return {n: e for n, e in files.items() if n in shared or n.startswith(f"{group}/")}
+
+
+def _statistics_file(statistics: Mapping[str, ChannelStatistics]) -> bytes:
+    arrays: dict[str, np.ndarray] = {}
+    for column, values in statistics.items():
+        arrays[f"{column}.count"] = np.array(values.count)
+        arrays[f"{column}.mean"] = values.mean
+        arrays[f"{column}.m2"] = values.m2
+    sink = io.BytesIO()
+    np.savez(sink, allow_pickle=False, **arrays)
+    return sink.getvalue()
+
+
+def _sync(folder: Path) -> Files:
+    """Make every file and folder below `folder` survive a power cut.
+
+    Returns:
+        Size and crc32c of every file, by path relative to `folder`.
+    """
+
+    def sync(path: Path) -> tuple[str, tuple[int, int]]:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        entry = path.stat().st_size, file_crc32c(path)
+        return path.relative_to(folder).as_posix(), entry
+
+    walked = list(os.walk(folder, topdown=False))
+    paths = sorted(Path(parent, name) for parent, _, names in walked for name in names)
+    with ThreadPoolExecutor(_SYNC_THREADS) as pool:  # a journal takes many at once
+        files = dict(pool.map(sync, paths))
+        list(pool.map(fsync_folder, (Path(parent) for parent, _, _ in walked)))
+    return files
+
+
+def _committed_base(cache: Cache, part: PartId) -> BaseCommit:
+    commits = cache.part_commits(part)
+    assert commits is not None, f"{part} has no committed base"
+    return commits.base
+
+
+def _refuse_changed_source(cache: Cache, part: PartId, source: SourceInfo) -> None:
+    """Views of one shard must come from the same bytes."""
+    for known in cache.sources(part.shard_id):
+        if source.sha256 and known.sha256 and source.sha256 != known.sha256:
+            raise MismatchError(
+                f"source_changed: {redact(source.path)} has the index of shard {part.shard_id} "
+                f"but other bytes (sha256 {source.sha256[:12]}, and the cache was made of "
+                f"{known.sha256[:12]} from {known.path}): restore the shard, or set cache.dir to "
+                "another folder"
+            )

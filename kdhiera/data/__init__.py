@@ -1,0 +1,1 @@
+"""Video bytes: shards of samples, decoders, and the children that run them."""

@@ -1,0 +1,348 @@
+"""The student: timm's Hiera in 3-D, fed with nothing but the visible mask units.
+
+A mask unit is 2 frames x 32 x 32 px, 8 x 8 student tokens of 4 x 4 px. With `q_pool=2`
+the backbone stages carry 64, 16, 4 and 4 tokens a unit, so stages 3 and 4 match the
+teachers' 2 x 2 tokens one to one (Hiera's own MAE does the same, arXiv:2306.00989). The
+weights are timm's and load strictly into `timm.models.hiera.Hiera`.
+
+Masked forward. timm zeroes the hidden units of a whole clip, embeds all of it and drops
+what is hidden. The patch kernel (3, 7, 7), stride (2, 4, 4), padding (1, 3, 3) lets a
+unit's tokens see their own pixels, one frame before and three pixels above and to the
+left, never further:
+
+      t-1 | t, t+1           .-.-------.
+      one |  two             |.|. . . .|  3 px of the unit above
+    frame | frames           |.+-------+
+                             |.|       |
+                             |.| 32 px |
+                             '-'-------'
+
+So every visible unit is embedded from a 3 x 35 x 35 window, filled in from those of its
+neighbours that are visible too. The result equals timm's, and the hidden share of the
+patch embedding is not computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int, UInt8
+from timm.models.hiera import Hiera
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdhiera.config import StudentConfig
+from kdhiera.errors import UsageError
+from kdhiera.grid import TUBELET_FRAMES, UNIT_PX, Grid
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Official sizes from tiny upward (arXiv:2306.00989, Table 1); nano is ours, for CPUs.
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "nano": {"embed_dim": 32, "num_heads": 1, "stages": (1, 1, 5, 2)},
+    "tiny": {"embed_dim": 96, "num_heads": 1, "stages": (1, 2, 7, 2)},
+    "small": {"embed_dim": 96, "num_heads": 1, "stages": (1, 2, 11, 2)},
+    "base": {"embed_dim": 96, "num_heads": 1, "stages": (2, 3, 16, 3)},
+    "base_plus": {"embed_dim": 112, "num_heads": 2, "stages": (2, 3, 16, 3)},
+    "large": {"embed_dim": 144, "num_heads": 2, "stages": (2, 6, 36, 4)},
+    "huge": {"embed_dim": 256, "num_heads": 4, "stages": (2, 6, 36, 4)},
+}
+
+PATCH_HALO_PX = 3  # the kernel's reach above and to the left of a unit
+PATCH_HALO_FRAMES = 1  # and before it
+
+Pool = Literal["mean", "slots"]
+
+
+def hiera_args(config: StudentConfig, grid: Grid, *, q_pool: int = 2) -> dict[str, Any]:
+    """Arguments that build the student as `timm.models.hiera.Hiera`, JSON values only.
+
+    Args:
+        config: Named size and drop-path rate.
+        grid: Clip geometry.
+        q_pool: Times that queries are pooled: 2 for pre-training, 3 as in Hiera's
+            fine-tuning (same weights, one token a unit in the last backbone stage).
+    """
+    size = SIZES[config.size]
+    return {
+        "img_size": [grid.num_frames, grid.height, grid.width],
+        "embed_dim": size["embed_dim"],
+        "num_heads": size["num_heads"],
+        "stages": list(size["stages"]),
+        "num_classes": 0,
+        "q_pool": q_pool,
+        "q_stride": [1, 2, 2],
+        "mask_unit_size": [1, 8, 8],
+        "patch_kernel": [3, 7, 7],
+        "patch_stride": [2, 4, 4],
+        "patch_padding": [1, 3, 3],
+        "sep_pos_embed": True,
+        "drop_path_rate": config.drop_path,
+    }
+
+
+def build(config: StudentConfig, grid: Grid, *, q_pool: int = 2, seed: int) -> Any:
+    """A freshly initialised timm Hiera for clips of this grid.
+
+    Args:
+        config: Named size and drop-path rate.
+        grid: Clip geometry.
+        q_pool: See `hiera_args`.
+        seed: Decides the weights; the global generators are left as they were.
+
+    Returns:
+        `timm.models.hiera.Hiera` on the CPU, in training mode, without a classifier.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Hiera(**hiera_args(config, grid, q_pool=q_pool))
+
+
+def default_taps(num_layers: int, depths: Sequence[int]) -> tuple[str, ...]:
+    """Where the heads of a teacher's layers read when the config does not say.
+
+    Args:
+        num_layers: Layers of the teacher, ascending, at least 1.
+        depths: Blocks of the four backbone stages.
+
+    Returns:
+        One tap a layer. Up to three come from `stage3.mid`, `stage3.end`, `stage4.end`,
+        the last ones first; more are spread evenly over the blocks of stages 3 and 4.
+    """
+    named = ("stage3.mid", "stage3.end", "stage4.end")
+    if num_layers <= len(named):
+        return named[len(named) - num_layers :]
+    before, available = sum(depths[:2]), sum(depths[2:])
+    return tuple(
+        f"block:{before + math.ceil((i + 1) * available / num_layers)}" for i in range(num_layers)
+    )
+
+
+def tap_block(tap: str, depths: Sequence[int]) -> int:
+    """Blocks done when a tap is read (1-based, as with teacher layers).
+
+    Args:
+        tap: `stage3.mid`, `stage3.end`, `stage4.end` or `block:N`.
+        depths: Blocks of the four backbone stages.
+
+    Raises:
+        UsageError: If there is no such tap; the message lists those there are.
+    """
+    ends = [sum(depths[: i + 1]) for i in range(len(depths))]
+    named = {
+        "stage3.mid": ends[1] + math.ceil(depths[2] / 2),
+        "stage3.end": ends[2],
+        "stage4.end": ends[3],
+    }
+    if tap in named:
+        return named[tap]
+    prefix, _, number = tap.partition(":")
+    if prefix == "block" and number.isdecimal() and 1 <= int(number) <= ends[-1]:
+        return int(number)
+    raise UsageError(
+        f"there is no tap `{tap}`: use {', '.join(named)}, or block:1 to block:{ends[-1]}"
+    )
+
+
+def normalise_pixels(pixels: UInt8[Tensor, "*any 3"]) -> Float[Tensor, "*any 3"]:
+    """RGB bytes to what the student sees: scaled to 0..1, ImageNet mean and deviation."""
+    scale, shift = (constant.to(pixels.device) for constant in _pixel_scaling())
+    return torch.addcmul(shift, pixels.float(), scale)
+
+
+def _pixel_scaling() -> tuple[Tensor, Tensor]:
+    """Per channel (1 / (255 std), -mean / std)."""
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    return 1 / (255.0 * std), -mean / std
+
+
+class Student(nn.Module):
+    """A Hiera that is shown visible units and read at taps.
+
+    Args:
+        backbone: From `build`, or an equal `timm.models.hiera.Hiera`.
+        grid: Clip geometry the backbone was built for.
+        taps: Names of the taps that `forward` returns; see `tap_block`.
+
+    Raises:
+        UsageError: If a tap does not exist.
+    """
+
+    def __init__(self, backbone: Any, grid: Grid, taps: Sequence[str] = ("stage4.end",)) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.grid = grid
+        self.depths = depths_of(backbone)
+        self.taps = {tap: tap_block(tap, self.depths) for tap in taps}
+        scale, shift = _pixel_scaling()
+        self.register_buffer("pixel_scale", scale, persistent=False)
+        self.register_buffer("pixel_shift", shift, persistent=False)
+
+    @property
+    def num_features(self) -> int:
+        """Width of the last backbone stage."""
+        return int(self.backbone.num_features)
+
+    def tap_shape(self, tap: str) -> tuple[int, int]:
+        """Tokens a unit and width at a tap."""
+        block = tap_block(tap, self.depths) - 1
+        schedule, _ = self.backbone.reroll.schedule[block]
+        return math.prod(math.prod(stride) for stride in schedule), self._width(block)
+
+    def forward(
+        self, pixels: UInt8[Tensor, "b k 2 32 32 3"], units: Int[Tensor, "b k"]
+    ) -> dict[str, Float[Tensor, "b k n c"]]:
+        """Features of the visible units at the taps.
+
+        Equals `Hiera.forward_features(clip, mask=...)` of the whole normalised clip: to
+        rounding (the patch embedding sums in another order), independent of what the
+        hidden units hold.
+
+        Args:
+            pixels: RGB of the visible units.
+            units: Their numbers, ascending and distinct in every row; the same count in
+                every row.
+
+        Returns:
+            By tap: tokens of every unit in raster order, `n` = 64, 16, 4, 4 in the four
+            backbone stages (at `q_pool=2`).
+        """
+        windows = self._windows(self._normalise(pixels), units)
+        tokens = self._embed(windows, units)
+        return self._read(tokens, units)
+
+    def features(
+        self, clips: UInt8[Tensor, "b f y x 3"], *, pool: Pool = "mean"
+    ) -> Float[Tensor, "b c"]:
+        """Pooled features of whole clips, for frozen evaluation.
+
+        Args:
+            clips: RGB clips of the student's grid.
+            pool: `mean` over all tokens of the last block, then the backbone's final norm
+                (what timm's `Hiera.forward` returns without a classifier);
+                `slots` does so within every slot and concatenates the slots in order, so
+                that a readout can tell a movement from its reverse.
+
+        Returns:
+            Width `num_features` for `mean`, `slots` times that for `slots`.
+        """
+        backbone = self.backbone
+        tokens = backbone.patch_embed(rearrange(self._normalise(clips), "b f y x c -> b c f y x"))
+        tokens = backbone.unroll(backbone._pos_embed(tokens))
+        for block in backbone.blocks:
+            tokens = block(tokens)
+        grid_tokens = backbone.reroll(tokens, len(backbone.blocks) - 1)
+        axes = (1, 2, 3) if pool == "mean" else (2, 3)
+        pooled: Tensor = backbone.head.norm(grid_tokens.mean(axes))
+        return pooled.flatten(1)
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        """`normalise_pixels` with constants that are on the device already."""
+        scale, shift = self.get_buffer("pixel_scale"), self.get_buffer("pixel_shift")
+        return torch.addcmul(shift, pixels.float(), scale)
+
+    def _windows(self, pixels: Tensor, units: Tensor) -> Tensor:
+        """Every visible unit with its halo, `[b k, 3, 3, 35, 35]`; zero where hidden."""
+        b, k = units.shape
+        _, rows, columns = self.grid.units
+        own = rearrange(pixels, "b k f y x c -> (b k) c f y x")
+        halo_t, halo_s = PATCH_HALO_FRAMES, PATCH_HALO_PX
+        size = (TUBELET_FRAMES + halo_t, UNIT_PX + halo_s, UNIT_PX + halo_s)
+        windows = own.new_zeros(b * k, 3, *size)
+        windows[:, :, halo_t:, halo_s:, halo_s:] = own
+
+        # row of `own` that holds a unit of a clip; b * k where the unit is hidden
+        holder = units.new_full((b, self.grid.num_units), b * k)
+        numbers = torch.arange(b * k, device=units.device).view(b, k)
+        holder.scatter_(1, units, numbers)
+        padded = torch.cat([own, own.new_zeros(1, *own.shape[1:])])
+        y, x = units // columns % rows, units % columns
+        for dt, dy, dx in ((i >> 2, i >> 1 & 1, i & 1) for i in range(1, 8)):
+            neighbour = units - (dt * rows + dy) * columns - dx
+            there = (neighbour >= 0) & (y >= dy) & (x >= dx)
+            rows_of = holder.gather(1, neighbour.clamp(min=0)).masked_fill(~there, b * k)
+            into, source = zip(
+                _halo(dt, TUBELET_FRAMES, halo_t),
+                _halo(dy, UNIT_PX, halo_s),
+                _halo(dx, UNIT_PX, halo_s),
+                strict=True,
+            )
+            slab = padded[(slice(None), slice(None), *source)]
+            windows[(slice(None), slice(None), *into)] = slab[rows_of.flatten()]
+        return windows
+
+    def _embed(self, windows: Tensor, units: Tensor) -> Tensor:
+        """Patch and position embedding in Hiera's unrolled order, `[b, 64 k, c]`.
+
+        A window holds exactly the frames of one output slot, so the 3-D convolution is a
+        2-D one over 3 x 3 channels.
+        """
+        b = len(units)
+        proj = self.backbone.patch_embed.proj
+        tokens = F.conv2d(
+            windows.flatten(1, 2), proj.weight.flatten(1, 2), proj.bias, stride=proj.stride[1:]
+        )
+        # 8 x 8 tokens of a unit: finest 2 x 2 first, unit last (timm's `Unroll`)
+        tokens = rearrange(
+            tokens, "(b k) c (y3 y2 y1) (x3 x2 x1) -> b (y1 x1 y2 x2 y3 x3) k c",
+            b=b, y2=2, y1=2, x2=2, x1=2, y3=2, x3=2,
+        )  # fmt: skip
+        zero = tokens.new_zeros(1, self._num_tokens, tokens.shape[-1])
+        positions = self.backbone.unroll(self.backbone._pos_embed(zero))
+        table = rearrange(positions, "1 (n u) c -> u (n c)", u=self.grid.num_units)
+        # an embedding, not an index: the gradient of indexing adds up in an order that
+        # depends on the threads, and resuming would not be bit-exact
+        shown = F.embedding(units, table).unflatten(-1, (-1, tokens.shape[-1]))
+        placed: Tensor = tokens + shown.transpose(1, 2)
+        return placed.reshape(b, -1, placed.shape[-1])
+
+    def _read(self, tokens: Tensor, units: Tensor) -> dict[str, Tensor]:
+        """Run the blocks up to the last tap and regroup each tap unit by unit."""
+        b, k = units.shape
+        by_block: dict[int, Tensor] = {}
+        for index, block in enumerate(self.backbone.blocks[: max(self.taps.values())]):
+            tokens = block(tokens)
+            if index + 1 in self.taps.values():
+                rolled = self.backbone.reroll(tokens, index, mask=units)
+                by_block[index + 1] = rolled.reshape(b, k, -1, rolled.shape[-1])
+        return {tap: by_block[block] for tap, block in self.taps.items()}
+
+    @property
+    def _num_tokens(self) -> int:
+        return self.grid.num_units * int(self.backbone.mu_size)
+
+    def _width(self, block: int) -> int:
+        return int(self.backbone.blocks[block].attn.dim_out)
+
+
+def set_fused_attention(backbone: Any, fused: bool) -> None:
+    """Choose between torch's fused attention and plain matrix products; same result.
+
+    The fused kernel's backward pass is slow in bf16 on CPUs: of a training step of the
+    smallest student at 48 tokens a clip it took a third, plain products 3 %.
+
+    Args:
+        backbone: From `build`.
+        fused: Whether blocks call `scaled_dot_product_attention`.
+    """
+    for block in backbone.blocks:
+        block.attn.fused_attn = fused
+
+
+def depths_of(backbone: Any) -> tuple[int, ...]:
+    """Blocks of the backbone stages of a timm Hiera."""
+    ends = [-1, *backbone.stage_ends]
+    return tuple(later - earlier for earlier, later in pairwise(ends))
+
+
+def _halo(offset: int, size: int, halo: int) -> tuple[slice, slice]:
+    """Along one axis: where a neighbour's values go in a window, and which they are."""
+    if offset:
+        return slice(0, halo), slice(size - halo, size)
+    return slice(halo, halo + size), slice(0, size)

@@ -1,0 +1,279 @@
+"""Batches: which samples, under which masks, and ready before they are asked for."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int, Int64, UInt8
+from torch import Tensor
+
+from kdhiera.cache.rows import KeptRows
+from kdhiera.errors import UsageError
+from kdhiera.masking import MaskSpec, draw_mask
+from kdhiera.views import stable_key
+
+
+@runtime_checkable
+class ClipSource(Protocol):
+    """Where kept units come from: the cache, or teachers running live."""
+
+    @property
+    def num_samples(self) -> int:
+        """Clips that can be trained on."""
+        ...
+
+    def read(self, samples: Int[np.ndarray, " b"], *, view: int) -> KeptRows:
+        """Kept units of these samples in one view, in the order asked for.
+
+        Args:
+            samples: Sample numbers, 0 .. num_samples - 1.
+            view: View number.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where in a run a step stands; a pure function of the step number.
+
+    Args:
+        step: Optimiser steps done before this one.
+        epoch: `step // steps_per_epoch`.
+        view: `epoch mod V`.
+        draw: `(epoch // V) mod D`.
+    """
+
+    step: int
+    epoch: int
+    view: int
+    draw: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The visible units of `b` clips and their cached features.
+
+    Args:
+        position: Step, epoch, view and draw.
+        samples: Sample numbers.
+        units: Visible unit numbers, ascending in every row.
+        pixels: RGB of the visible units.
+        columns: Encoded features by column id and array name, axes `b k ...`.
+    """
+
+    position: Position
+    samples: Int64[Tensor, " b"]
+    units: Int64[Tensor, "b k"]
+    pixels: UInt8[Tensor, "b k 2 32 32 3"]
+    columns: Mapping[str, Mapping[str, Tensor]]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with a function applied to every tensor."""
+        return replace(
+            self,
+            samples=function(self.samples),
+            units=function(self.units),
+            pixels=function(self.pixels),
+            columns={
+                column: {name: function(array) for name, array in arrays.items()}
+                for column, arrays in self.columns.items()
+            },
+        )
+
+
+def position_of(step: int, *, steps_per_epoch: int, num_views: int, num_draws: int) -> Position:
+    """Epoch, view and draw of a step: every (view, draw) pair is visited in turn."""
+    epoch = step // steps_per_epoch
+    return Position(
+        step=step, epoch=epoch, view=epoch % num_views, draw=epoch // num_views % num_draws
+    )
+
+
+def epoch_order(
+    seed: int, epoch: int, num_samples: int, batch_size: int, *, block: int = 1
+) -> Int64[np.ndarray, "steps b"]:
+    """Sample numbers of every step of an epoch.
+
+    A pure function of its arguments, made of raw Philox words, so that no NumPy version,
+    platform or worker count changes it. With a block size the samples are cut into runs
+    of `block` neighbours (from a random offset, round the end), the runs are shuffled,
+    then the samples within each: a batch touches about `batch_size / block` runs.
+
+    Args:
+        seed: Any integer.
+        epoch: Epoch number.
+        num_samples: Samples of the run.
+        batch_size: Samples of a step.
+        block: Neighbours kept together; 1 shuffles fully.
+
+    Returns:
+        One row a step; the samples of the last partial batch are left out.
+
+    Raises:
+        UsageError: If there are fewer samples than a batch needs.
+    """
+    if num_samples < batch_size:
+        raise UsageError(
+            f"train.batch_size is {batch_size}, but only {num_samples} clips can be trained on: "
+            "lower it, or extract more clips"
+        )
+    noise = np.random.Philox(key=stable_key("order", seed, epoch))
+    if block == 1:
+        order = np.argsort(noise.random_raw(num_samples), kind="stable")
+    else:
+        num_blocks = -(-num_samples // block)
+        offset = int(noise.random_raw()) % num_samples
+        rank = np.argsort(noise.random_raw(num_blocks), kind="stable")
+        place = np.empty(num_blocks, dtype=np.int64)
+        place[rank] = np.arange(num_blocks)
+        words = noise.random_raw(num_samples)
+        order = np.lexsort((words, place[np.arange(num_samples) // block]))
+        order = (order + offset) % num_samples
+    steps = num_samples // batch_size
+    return order[: steps * batch_size].reshape(steps, batch_size).astype(np.int64)
+
+
+def make_batch(
+    rows: KeptRows, spec: MaskSpec, position: Position, samples: Int[np.ndarray, " b"]
+) -> Batch:
+    """Draw the masks of a batch and gather what they show from the kept units.
+
+    Args:
+        rows: Kept units of the batch's clips.
+        spec: How masks are drawn.
+        position: View and draw of the batch.
+        samples: Sample numbers of the rows.
+
+    Raises:
+        LookupError: If a mask shows a unit that was not kept.
+    """
+    visible = np.stack(
+        [
+            draw_mask(spec, scores, uid=uid, view=position.view, draw=position.draw)
+            for uid, scores in zip(rows.uids, rows.scores, strict=True)
+        ]
+    )
+    b, bound = rows.units.shape
+    num_units = int(np.prod(rows.scores.shape[1:]))
+    where = np.full((b, num_units + 1), -1)  # the last place takes the padding
+    np.put_along_axis(where, rows.units.astype(np.int64) % (num_units + 1), np.arange(bound), 1)
+    places = np.take_along_axis(where, visible, axis=1)
+    if places.min() < 0:
+        row = int(np.argmin(places.min(1)))
+        raise LookupError(
+            f"clip {rows.uids[row]}, view {position.view}: the cache does not keep a unit that "
+            f"this mask shows (strategy {spec.strategy}, ratio {spec.ratio:g}, draw "
+            f"{position.draw})"
+        )
+    flat = places + np.arange(b)[:, None] * bound
+
+    def gather(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.reshape(b * bound, *array.shape[2:])[flat])
+
+    return Batch(
+        position=position,
+        samples=torch.from_numpy(np.asarray(samples, dtype=np.int64)),
+        units=torch.from_numpy(visible.astype(np.int64)),
+        pixels=gather(rows.pixels),
+        columns={
+            column: {name: gather(array) for name, array in arrays.items()}
+            for column, arrays in rows.columns.items()
+        },
+    )
+
+
+def batches(
+    source: ClipSource,
+    spec: MaskSpec,
+    *,
+    first_step: int,
+    num_steps: int,
+    batch_size: int,
+    num_views: int,
+    num_draws: int,
+    seed: int,
+    block: int = 1,
+) -> Iterator[Batch]:
+    """Batches of the steps `first_step` .. `num_steps - 1`, in order.
+
+    Args:
+        source: Where kept units are read.
+        spec: How masks are drawn.
+        first_step: Steps done before.
+        num_steps: Steps of the whole run.
+        batch_size: Clips of a batch.
+        num_views: Views that epochs go round.
+        num_draws: Masks of a view that epochs go round.
+        seed: Decides the order.
+        block: See `epoch_order`.
+    """
+    steps_per_epoch = max(1, source.num_samples // batch_size)
+    order, order_epoch = np.empty((0, 0), dtype=np.int64), -1
+    for step in range(first_step, num_steps):
+        position = position_of(
+            step, steps_per_epoch=steps_per_epoch, num_views=num_views, num_draws=num_draws
+        )
+        if position.epoch != order_epoch:
+            order_epoch = position.epoch
+            order = epoch_order(seed, order_epoch, source.num_samples, batch_size, block=block)
+        samples = order[step % steps_per_epoch]
+        rows = source.read(samples, view=position.view)
+        yield make_batch(rows, spec, position, samples)
+
+
+class Prefetcher:
+    """Reads batches ahead in a thread; iterate over it within `with`.
+
+    An exception of the reading thread is raised to whoever asks for the next batch.
+
+    Args:
+        source: What to read; consumed by the thread.
+        depth: Batches held ready.
+        pin_memory: Put them into pinned memory, for copies to a CUDA device.
+    """
+
+    def __init__(self, source: Iterator[Batch], *, depth: int, pin_memory: bool = False) -> None:
+        self._source = source
+        self._pin_memory = pin_memory
+        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kdhiera-prefetch", daemon=True)
+
+    def __enter__(self) -> Prefetcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        while self._thread.is_alive():  # it may wait for room
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            item = self._queue.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def _run(self) -> None:
+        try:
+            for batch in self._source:
+                ready = batch.map(Tensor.pin_memory) if self._pin_memory else batch
+                self._queue.put(ready)
+                if self._closed.is_set():
+                    return
+            self._queue.put(None)
+        except BaseException as error:  # handed to the asking thread, whatever it is
+            self._queue.put(error)

@@ -1,0 +1,210 @@
+"""One optimiser step: masked student, heads, losses, AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdhiera.config import ObjectiveConfig, TrainConfig
+from kdhiera.objective.losses import RunningMean, cosine, loss, total
+from kdhiera.objective.targets import TargetSpec, normalise
+from kdhiera.student.hiera import Student, set_fused_attention
+from kdhiera.training.batches import Batch
+from kdhiera.training.optim import Schedule, build_optimizer
+from kdhiera.views import stable_key
+
+
+class NonFiniteError(Exception):
+    """A loss or gradient is NaN or infinite; no weight was changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step measured.
+
+    Args:
+        loss: Total.
+        losses: By target name.
+        grad_norm: Of all gradients together, before clipping.
+        lr: Learning rate of the step.
+        explained_variance: By target name; None unless asked for.
+        cosine: By target name; None unless asked for.
+    """
+
+    loss: Tensor
+    losses: Mapping[str, Tensor]
+    grad_norm: Tensor
+    lr: float
+    explained_variance: Mapping[str, Tensor] | None
+    cosine: Mapping[str, Tensor] | None
+
+
+class Learner:
+    """A student with its heads, optimiser and running means.
+
+    Args:
+        student: Moved to the device.
+        heads: One for every target, by name; moved to the device.
+        targets: What trains the student.
+        objective: Loss and normalisation.
+        config: Optimiser, seed, clipping.
+        schedule: Learning rate of every step.
+        device: Where it computes.
+        dtype: `torch.float32`, or what autocast multiplies in.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: Student,
+        heads: nn.ModuleDict,
+        targets: Sequence[TargetSpec],
+        objective: ObjectiveConfig,
+        config: TrainConfig,
+        schedule: Schedule,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.student = student.to(device).train()
+        self.heads = heads.to(device).train()
+        self.targets = targets
+        self.objective = objective
+        self.config = config
+        self.schedule = schedule
+        self.device = device
+        self.dtype = dtype
+        self.optimizer = build_optimizer((self.student, self.heads), config)
+        self.means = {spec.name: RunningMean(spec.width, device) for spec in targets}
+        set_fused_attention(student.backbone, device.type != "cpu" or dtype is torch.float32)
+
+    def step(self, batch: Batch, *, measure: bool) -> StepResult:
+        """Learn from one batch on the device.
+
+        All randomness (drop-path) is a function of the seed and the step's number.
+
+        Args:
+            batch: On the device.
+            measure: Whether explained variance and cosine are wanted.
+
+        Raises:
+            NonFiniteError: Before any weight changes, naming teacher and layer.
+        """
+        number = batch.position.step
+        with seeded("step", self.config.seed, number, device=self.device):
+            predicted = self._predict(batch)
+        wanted = self._wanted(batch)
+        kind, beta = self.objective.loss, self.objective.beta
+        losses = {n: loss(predicted[n], wanted[n], kind, beta=beta) for n in wanted}
+        value = total(losses, self.targets)
+        if not bool(torch.isfinite(value)):
+            raise NonFiniteError(_explain_loss(losses, wanted))
+
+        explained = cosines = None
+        with torch.no_grad():
+            if measure:
+                explained = {
+                    n: self.means[n].explained_variance(predicted[n], wanted[n], kind, beta=beta)
+                    for n in wanted
+                }
+                cosines = {n: cosine(predicted[n], wanted[n]) for n in wanted}
+            for n, target in wanted.items():
+                self.means[n].update(target)
+
+        lr = self.schedule.lr(number)
+        norm = self._descend(value, lr)
+        return StepResult(
+            loss=value.detach(),
+            losses={n: item.detach() for n, item in losses.items()},
+            grad_norm=norm,
+            lr=lr,
+            explained_variance=explained,
+            cosine=cosines,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later step depends on."""
+        return {
+            "student": self.student.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "means": {name: mean.state_dict() for name, mean in self.means.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.student.load_state_dict(state["student"])
+        self.heads.load_state_dict(state["heads"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, mean in self.means.items():
+            mean.load_state_dict(state["means"][name])
+
+    def _predict(self, batch: Batch) -> dict[str, Tensor]:
+        low = self.dtype is not torch.float32
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
+            taps = self.student(batch.pixels, batch.units)
+            raw = {spec.name: self.heads[spec.name](taps[spec.tap]) for spec in self.targets}
+        return {name: prediction.float() for name, prediction in raw.items()}
+
+    @torch.no_grad()
+    def _wanted(self, batch: Batch) -> dict[str, Tensor]:
+        return {
+            spec.name: normalise(
+                spec.decode(batch.columns[spec.column]), self.objective.normalise, spec.statistics
+            )
+            for spec in self.targets
+        }
+
+    def _descend(self, value: Tensor, lr: float) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()  # type: ignore[no-untyped-call]
+        parameters = [
+            parameter
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if not bool(torch.isfinite(norm)):
+            bad = [
+                name
+                for module in (self.student, self.heads)
+                for name, parameter in module.named_parameters()
+                if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
+            ]
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(f"the gradient of {', '.join(bad[:3])} is not finite")
+        if self.config.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return norm
+
+
+@contextmanager
+def seeded(*parts: object, device: torch.device) -> Iterator[None]:
+    """Within the block torch's generators follow from `parts`; outside they are as before."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        seed = stable_key(*parts) % 2**63
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+def _explain_loss(losses: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """Which teacher and layer, and whose fault."""
+    flaws = []
+    for name, value in losses.items():
+        if not bool(torch.isfinite(value)):
+            teacher, _, layer = name.partition("/")
+            stored = bool(torch.isfinite(wanted[name]).all())
+            cause = "the student's prediction" if stored else "the cached target"
+            flaws.append(f"teacher {teacher}, layer {layer} ({cause} is not finite)")
+    return "the loss is not finite: " + ("; ".join(flaws) or "their sum overflows")

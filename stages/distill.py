@@ -1,0 +1,331 @@
+"""Stage 2: train the student, from the cache alone or with live teachers.
+
+From the cache it opens no shard, no video and no teacher: the cache's records say what
+the columns are, and the config is compared with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from jaxtyping import Int
+
+from kdhiera.cache.commit import Cache
+from kdhiera.cache.encoding import ENCODINGS
+from kdhiera.cache.expected import expected_shards
+from kdhiera.cache.fingerprint import declared_base, declared_column
+from kdhiera.cache.layout import column_id
+from kdhiera.cache.reader import CacheReader
+from kdhiera.cache.rows import KeptRows
+from kdhiera.config import RunConfig, dump
+from kdhiera.data.sandbox import Sandbox
+from kdhiera.data.shards import expand, index_shard
+from kdhiera.devices import resolve_device
+from kdhiera.errors import MismatchError, UsageError
+from kdhiera.objective.targets import ChannelMoments, TargetSpec
+from kdhiera.progress import Progress, human_seconds
+from kdhiera.stages.assemble import decode_limits, featurizer_of
+from kdhiera.storage import write_atomic
+from kdhiera.student.export import export
+from kdhiera.student.heads import HeadSpec, build_heads
+from kdhiera.student.hiera import Student, build, default_taps, depths_of
+from kdhiera.training.batches import ClipSource
+from kdhiera.training.live import LIVE_ENCODING, LiveSource
+from kdhiera.training.loop import TrainSummary, train
+
+logger = logging.getLogger(__name__)
+
+BLOCK_ROWS = 128  # neighbours kept together in the sample order: one Zarr shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSummary:
+    """What training did.
+
+    Args:
+        run_dir: Folder of the run.
+        mode: `cached` or `live`.
+        coverage: What it trained on, in words.
+        training: Steps, losses, speed.
+        export: Folder of the exported student.
+    """
+
+    run_dir: str
+    mode: str
+    coverage: str
+    training: TrainSummary
+    export: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """For people."""
+        t = self.training
+        lines = [
+            f"trained   {self.coverage}",
+            f"steps     {t.steps} of {t.clips // t.steps} clips, "
+            f"{human_seconds(t.seconds)}, {t.clips / t.seconds:.0f} clips/s, "
+            f"{100 * t.data_wait:.1f} % waiting for data",
+            f"loss      {t.first['loss']:.4f} -> {t.last['loss']:.4f}",
+        ]
+        for key, last in t.last.items():
+            if key.startswith("explained_variance/"):
+                name = key.partition("/")[2]
+                lines.append(
+                    f"          {name:<12} explained variance {t.first[key]:+.3f} -> {last:+.3f}"
+                )
+        lines += [f"export    {self.export}", f"run       {self.run_dir}"]
+        return "\n".join(lines)
+
+
+def distill(
+    config: RunConfig, *, progress: Progress, resume: bool = False, overwrite: bool = False
+) -> DistillSummary:
+    """Train the student and export it.
+
+    Args:
+        config: The run.
+        progress: Where progress is shown.
+        resume: Refuse to start anew.
+        overwrite: Throw an earlier run in the same folder away.
+
+    Raises:
+        UsageError: If there is no cache, or a tap or layer does not exist.
+        MismatchError: If cache or run folder were made for another config, or the cache
+            does not cover the masks.
+        StoppedError: After SIGTERM or SIGINT, with a checkpoint.
+    """
+    folder = Path(config.run_dir)
+    with _source(config) as opened, _locked(folder):
+        if overwrite:
+            _clear(folder)
+        if resume and not (folder / "checkpoints").is_dir():
+            raise UsageError(f"--resume: there is no checkpoint in {folder}")
+        backbone = build(config.student, config.clip.grid, seed=config.train.seed)
+        specs = _targets(config, opened, depths_of(backbone))
+        student = Student(backbone, config.clip.grid, sorted({s.tap for s in specs}))
+        heads = build_heads(
+            {spec.name: _head(student, spec) for spec in specs}, seed=config.train.seed + 1
+        )
+        write_atomic(folder / "config.yaml", dump(config).encode())
+        summary = train(
+            student=student,
+            heads=heads,
+            targets=specs,
+            source=opened.source,
+            masks=config.mask_spec,
+            num_views=config.views.num,
+            num_draws=config.masks.draws,
+            objective=config.objective,
+            config=config.train,
+            run_dir=folder,
+            identity=_identity(config, opened),
+            progress=progress,
+            block=BLOCK_ROWS,
+        )
+        export(
+            student,
+            config.student,
+            folder / "export",
+            name=config.name,
+            provenance={"steps": summary.steps, **_identity(config, opened)},
+        )
+    return DistillSummary(
+        run_dir=config.run_dir,
+        mode=config.cache.mode,
+        coverage=opened.coverage,
+        training=summary,
+        export=str(folder / "export"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A source of clips and what the targets need to know of it."""
+
+    source: ClipSource
+    coverage: str
+    snapshot: str
+    encoding: str
+    widths: Mapping[tuple[str, str], int]
+    moments: Mapping[tuple[str, str], ChannelMoments]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cached:
+    """A `ClipSource` over a cache."""
+
+    reader: CacheReader
+
+    @property
+    def num_samples(self) -> int:
+        """Trainable samples."""
+        return self.reader.num_samples
+
+    def read(self, samples: Int[np.ndarray, " b"], *, view: int) -> KeptRows:
+        """Rows of the cache."""
+        return self.reader.read(samples, view=view)
+
+
+@contextlib.contextmanager
+def _source(config: RunConfig) -> Iterator[_Opened]:
+    if config.cache.mode == "cached":
+        yield _open_cache(config)
+        return
+    layers = config.objective_layers
+    if config.objective.normalise == "standardize":
+        raise UsageError(
+            "objective.normalise=standardize needs the statistics of a cache: with "
+            "cache.mode=live use layer_norm, l2 or none"
+        )
+    _require_covered(config, config.mask_plan.lacks(config.mask_spec, draws=config.masks.draws))
+    device = resolve_device(config.train.device)
+    with Sandbox(
+        decode_limits(config.decode),
+        num_children=config.decode.num_children or config.extract.cpus_per_actor,
+    ) as sandbox:
+        source = LiveSource(
+            [index_shard(path) for path in expand(config.data.shards)],
+            video_extensions=config.data.video_extensions,
+            policy=config.view_policy,
+            num_views=config.views.num,
+            sandbox=sandbox,
+            featurizer=featurizer_of(config, device=device),
+            layers=layers,
+        )
+        yield _Opened(
+            source=source,
+            coverage=f"{source.num_samples} clips, live teachers",
+            snapshot="live",
+            encoding=LIVE_ENCODING,
+            widths=source.widths,
+            moments={},
+        )
+
+
+def _open_cache(config: RunConfig) -> _Opened:
+    """Check the cache against the config, as far as the config alone goes."""
+    cache = Cache.open(Path(config.cache.dir))
+    cache.check(declared_base(config), declared_only=True)
+    _require_covered(config, cache.mask_plan.lacks(config.mask_spec, draws=config.masks.draws))
+    columns = {
+        (teacher, layer): column_id(teacher, layer, config.cache.encoding)
+        for teacher, layers in config.objective_layers.items()
+        for layer in layers
+    }
+    for (teacher, layer), column in columns.items():
+        cache.check_column(column, declared_column(config, teacher, layer), declared_only=True)
+    reader = CacheReader(
+        cache,
+        num_views=config.views.num,
+        columns=tuple(columns.values()),
+        shards=expected_shards(cache),
+        allow_partial=config.cache.allow_partial,
+    )
+    logger.info("%s", reader.coverage.describe())
+    moments = {}
+    if config.objective.normalise == "standardize":
+        device = resolve_device(config.train.device)
+        for key, column in columns.items():
+            found = reader.statistics(column)
+            moments[key] = ChannelMoments(
+                mean=torch.tensor(found.mean, dtype=torch.float32, device=device),
+                std=torch.tensor(found.std, dtype=torch.float32, device=device),
+            )
+    return _Opened(
+        source=_Cached(reader=reader),
+        coverage=reader.coverage.describe(),
+        snapshot=reader.snapshot_sha256,
+        encoding=config.cache.encoding,
+        widths={key: reader.width(column) for key, column in columns.items()},
+        moments=moments,
+    )
+
+
+def _require_covered(config: RunConfig, gaps: Sequence[str]) -> None:
+    if gaps:
+        raise MismatchError(
+            f"the cache in {config.cache.dir} does not cover the masks of this run: "
+            f"{'; '.join(gaps)}. Choose masks that it covers, or plan them in `masks` and "
+            "extract into another cache.dir"
+        )
+
+
+def _targets(config: RunConfig, opened: _Opened, depths: Sequence[int]) -> list[TargetSpec]:
+    specs = []
+    for teacher, layers in config.objective_layers.items():
+        taps = (config.student.taps or {}).get(teacher) or default_taps(len(layers), depths)
+        if len(taps) != len(layers):
+            raise UsageError(
+                f"student.taps.{teacher} names {len(taps)} taps for {len(layers)} layers: name "
+                "one for every layer"
+            )
+        for layer, tap in zip(layers, taps, strict=True):
+            specs.append(
+                TargetSpec(
+                    teacher=teacher,
+                    layer=layer,
+                    tap=tap,
+                    column=column_id(teacher, layer, opened.encoding),
+                    width=opened.widths[teacher, layer],
+                    weight=config.teachers[teacher].weight,
+                    decode=ENCODINGS[opened.encoding].decode,
+                    statistics=opened.moments.get((teacher, layer)),
+                )
+            )
+    return specs
+
+
+def _head(student: Student, spec: TargetSpec) -> HeadSpec:
+    tokens, width = student.tap_shape(spec.tap)
+    return HeadSpec(tap=spec.tap, tokens=tokens, width_in=width, width_out=spec.width)
+
+
+def _identity(config: RunConfig, opened: _Opened) -> dict[str, Any]:
+    """What decides the weights that come out; paths, devices and logging do not."""
+    free = {"device", "log_every", "save_every", "keep_last", "prefetch", "num_threads"}
+    return {
+        "clip": config.clip.model_dump(mode="json"),
+        "student": config.student.model_dump(mode="json"),
+        "objective": config.objective.model_dump(mode="json"),
+        "train": config.train.model_dump(mode="json", exclude=free),
+        "masks": json.loads(config.masks.model_dump_json()),
+        "views": config.views.num,
+        "weights": {name: teacher.weight for name, teacher in config.teachers.items()},
+        "source": {"mode": config.cache.mode, "encoding": opened.encoding},
+        "snapshot": opened.snapshot,
+    }
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process a run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout:
+        raise UsageError(
+            f"another process trains in {folder}: wait for it, or choose another run_dir"
+        ) from None
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run left, and only that."""
+    for name in ("checkpoints", "tensorboard", "export", "replay", "report", "pictures"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "config.yaml", "evaluation.json", "report.md"):
+        (folder / name).unlink(missing_ok=True)

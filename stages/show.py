@@ -1,0 +1,147 @@
+"""Pictures of clips: what the teachers see, what is masked, what the student makes of it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from kdhiera.config import RunConfig
+from kdhiera.data.clip import Clip, ClipRequest
+from kdhiera.data.ordered import decode_samples
+from kdhiera.data.sandbox import Sandbox
+from kdhiera.data.shards import expand, index_shard, read_shard
+from kdhiera.devices import resolve_device
+from kdhiera.errors import UsageError
+from kdhiera.featurize import Featurized
+from kdhiera.masking import draw_mask, to_keep_mask
+from kdhiera.progress import Progress
+from kdhiera.report.pictures import ClipPicture, FeatureRow, show_clip
+from kdhiera.report.plots import save
+from kdhiera.stages.assemble import decode_limits, featurizer_of
+from kdhiera.student.export import load_exported
+from kdhiera.student.hiera import Student
+
+logger = logging.getLogger(__name__)
+
+STUDENT_TAP = "stage4.end"
+
+
+def show(
+    config: RunConfig, *, num_clips: int, folder: Path | None, progress: Progress
+) -> list[Path]:
+    """Draw clips of the run's shards, spread over them.
+
+    Args:
+        config: The run; its student is drawn too if there is one.
+        num_clips: Pictures.
+        folder: Where they go; None means `pictures/` in the run folder.
+        progress: Where progress is shown.
+
+    Returns:
+        Paths of the PNGs.
+
+    Raises:
+        UsageError: If no clip of the shards decodes.
+    """
+    target = folder or Path(config.run_dir) / "pictures"
+    target.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, figure in enumerate(clip_figures(config, num_clips=num_clips, progress=progress)):
+        path = target / f"clip-{number:02d}.png"
+        save(figure, path)
+        paths.append(path)
+    return paths
+
+
+def clip_figures(config: RunConfig, *, num_clips: int, progress: Progress) -> list[Figure]:
+    """The same as figures; see `show`."""
+    device = resolve_device(config.extract.device)
+    clips = _spread_clips(config, num_clips)
+    bar = progress.start("show", len(clips), "clips")
+    featurizer = featurizer_of(config, device=device, keep_all=True)
+    student = _student(config, device)
+    layers = {name: teacher.layers for name, teacher in config.teachers.items()}
+    figures = []
+    for uid, clip in clips:
+        out = featurizer(clip.frames[None], uids=[uid], view=0, layers=layers)
+        figures.append(show_clip(_picture(config, uid, clip, out, student, device)))
+        progress.advance(bar)
+    progress.finish(bar)
+    return figures
+
+
+def _picture(
+    config: RunConfig,
+    uid: str,
+    clip: Clip,
+    out: Featurized,
+    student: Student | None,
+    device: torch.device,
+) -> ClipPicture:
+    grid = config.clip.grid
+    scores = out.scores[0]
+    visible = draw_mask(config.mask_spec, scores, uid=uid, view=0, draw=0)
+    rows = []
+    for name, teacher in config.teachers.items():
+        layer = teacher.layers[-1]
+        tokens = grid.units_to_tokens(out.features[name, layer])[0].float().cpu().numpy()
+        rows.append(FeatureRow(title=f"{name} teacher, layer {layer}", features=tokens))
+    if student is not None:
+        title = "student, whole clip, last block"
+        rows.append(FeatureRow(title=title, features=_student_tokens(student, out, device)))
+    spec = config.mask_spec
+    key = uid.rpartition("/")[2]
+    return ClipPicture(
+        title=f"{key}: {spec.strategy} mask, {100 * spec.ratio:.0f} % hidden",
+        frames=clip.frames,
+        scores=scores.reshape(grid.units),
+        visible=to_keep_mask([visible], grid.num_units)[0].reshape(grid.units),
+        feature_rows=tuple(rows),
+    )
+
+
+@torch.inference_mode()
+def _student_tokens(
+    student: Student, out: Featurized, device: torch.device
+) -> Float[np.ndarray, "slots y x c"]:
+    pixels = torch.from_numpy(out.pixels).to(device)
+    units = torch.from_numpy(out.units.astype(np.int64)).to(device)
+    tokens = student(pixels, units)[STUDENT_TAP]
+    dense: np.ndarray = student.grid.units_to_tokens(tokens)[0].float().cpu().numpy()
+    return dense
+
+
+def _student(config: RunConfig, device: torch.device) -> Student | None:
+    folder = Path(config.run_dir) / "export"
+    if not (folder / "model.safetensors").is_file():
+        logger.info("no trained student in %s: pictures show the teachers only", folder)
+        return None
+    return load_exported(folder).to(device)
+
+
+def _spread_clips(config: RunConfig, num_clips: int) -> list[tuple[str, Clip]]:
+    """The first clip that decodes at each of `num_clips` places spread over the shards."""
+    shards = [index_shard(path) for path in expand(config.data.shards)]
+    total = sum(len(shard.samples) for shard in shards)
+    starts = [i * total // num_clips for i in range(min(num_clips, total))]
+    found: list[tuple[str, Clip]] = []
+    position = 0
+    with Sandbox(decode_limits(config.decode), num_children=1) as sandbox:
+        for shard in shards:
+            for sample in read_shard(shard, video_extensions=config.data.video_extensions):
+                due = len(found) < len(starts) and position >= starts[len(found)]
+                position += 1
+                if not due:
+                    continue
+                request = ClipRequest(uid=sample.uid, view=0, policy=config.view_policy)
+                for _, outcome in decode_samples(sandbox, [(sample, request)], in_flight=1):
+                    if isinstance(outcome, Clip):
+                        found.append((sample.uid, outcome))
+    if not found:
+        raise UsageError("no clip of data.shards decodes: nothing to show")
+    return found
