@@ -23,8 +23,7 @@ test: install ## all tests
 	$(BIN)/pytest -n 2
 
 pipeline: install ## demo data, extract, distill, evaluate, report
-	$(BIN)/kdhiera demo
-	$(BIN)/kdhiera pretrain configs/demo.yaml
+	$(BIN)/python -m kdhiera.pipelines.demo
 
 bench: install ## figures of docs/performance.md
 	$(BIN)/python -m benchmarks

@@ -1,0 +1,126 @@
+"""Small real runs: real videos, real teachers, a small clip."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kdhiera.config import RunConfig, load
+from kdhiera.demo.prepare import Prepared
+
+Member = tuple[str, bytes]
+
+
+def write_tar(path: Path, members: Iterable[Member]) -> Path:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def read_tar(path: Path) -> list[Member]:
+    with tarfile.open(path) as tar:
+        return [(m.name, tar.extractfile(m).read()) for m in tar]  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="session")
+def real_members(demo: Prepared) -> list[Member]:
+    """Members of 24 samples of the demo: `key.mp4` and `key.json` in turn."""
+    shard = (demo.test or demo.unlabelled)[0]
+    return read_tar(shard)[:48]
+
+
+@pytest.fixture(scope="session")
+def shards(real_members: list[Member], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two shards of twelve clips."""
+    folder = tmp_path_factory.mktemp("shards")
+    return [
+        write_tar(folder / f"part-{i}.tar", real_members[24 * i : 24 * i + 24]) for i in range(2)
+    ]
+
+
+MakeConfig = Callable[..., Path]
+
+
+@pytest.fixture
+def make_config(demo: Prepared, shards: list[Path], tmp_path: Path) -> MakeConfig:
+    """Writes a config file; keyword arguments are merged in, section by section."""
+
+    def make(name: str = "small", **sections: Any) -> Path:
+        values: dict[str, Any] = {
+            "name": name,
+            "run_dir": str(tmp_path / f"run-{name}"),
+            "data": {"shards": [str(s) for s in shards]},
+            "clip": {"num_frames": 4, "height": 64, "width": 64},
+            "views": {"num": 2, "frame_stride": 3},
+            "teachers": {
+                "image": {
+                    "kind": "timm",
+                    "model": "vit_small_patch14_dinov2",
+                    "weights": str(demo.image_teacher),
+                    "layers": [6, 12],
+                    "precision": "fp32",
+                },
+                "video": {
+                    "kind": "module",
+                    "factory": "kdhiera.demo.teachers:transnetv2",
+                    "weights": str(demo.video_weights),
+                    "options": {"source": str(demo.video_source)},
+                    "layers": [3],
+                    "precision": "fp32",
+                },
+            },
+            "scores": {"teacher": "image"},
+            "masks": {"ratio": 0.5, "draws": 2},
+            "cache": {"dir": str(tmp_path / "cache"), "encoding": "fp32"},
+            "extract": {"batch_size": 4, "device": "cpu"},
+            "ray": {"enabled": False},
+            "student": {"size": "nano", "drop_path": 0.1},
+            "train": {
+                "epochs": 10,
+                "batch_size": 8,
+                "lr": 1.0e-3,
+                "warmup_epochs": 1,
+                "precision": "fp32",
+                "device": "cpu",
+                "log_every": 1,
+            },
+        }
+        for section, changes in sections.items():
+            merged = isinstance(changes, Mapping) and isinstance(values.get(section), Mapping)
+            values[section] = {**values[section], **changes} if merged else changes
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(json.loads(json.dumps(values))))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def make_run(make_config: MakeConfig) -> Callable[..., RunConfig]:
+    """The same, loaded."""
+    return lambda name="small", **sections: load(make_config(name, **sections))
+
+
+def kdhiera(
+    *arguments: object, cwd: Path | None = None, timeout: float = 280
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does."""
+    command = [sys.executable, "-c", "from kdhiera.cli import main; main()"]
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=timeout,
+        check=False,
+    )

@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kdhiera.config import dump, load
+from kdhiera.errors import UsageError
+from kdhiera.masking import Strategy
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_shipped_config_loads_and_comes_back(path: Path, tmp_path: Path) -> None:
+    config = load(path)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert load(again) == config
+
+
+def test_overrides_are_yaml_at_dotted_keys() -> None:
+    config = load(
+        DEMO,
+        [
+            "train.epochs=7",
+            "masks.strategies=[random, tube]",
+            "objective.ratio=0.9",
+            "objective.strategy=tube",
+            "data.shards=only.tar",
+            "teachers.image.layers=[12]",
+        ],
+    )
+    assert config.train.epochs == 7
+    assert config.masks.strategies == (Strategy.RANDOM, Strategy.TUBE)
+    assert config.mask_spec.ratio == 0.9
+    assert config.data.shards == ("only.tar",)
+    assert config.objective_layers["image"] == ("12",)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.epoch=3", "unknown key `train.epoch`; did you mean `train.epochs`"),
+        ("teachers.image.layer=[3]", "did you mean `teachers.image.layers`"),
+        ("trian.epochs=3", "did you mean `train`"),
+        ("zzz=1", "valid here: name, run_dir"),
+        ("train.epochs=many", "`train.epochs`: .*integer.*got 'many'"),
+        ("train.epochs=0", "`train.epochs`: .*greater than or equal to 1, got 0"),
+        ("masks.ratio=1.0", "`masks.ratio`"),
+        ("clip.height=100", "clip.height must be a multiple of 32 px .*use 96 or 128"),
+        ("clip.num_frames=7", "clip.num_frames must be even"),
+        ("scores.teacher=imago", "scores.teacher names `imago`, but the teachers are: image"),
+        ("objective.teachers=[audio]", "objective.teachers names `audio`"),
+        ("objective.layers={image: [7]}", r"asks for \['7'\]"),
+        ("teachers.image.kind=hub", "`teachers.image.kind`"),
+        ("teachers.image.model=null", "kind timm needs `model`"),
+        ("teachers.image=null", "teachers.image"),
+        ("views.crop_scale=[1.0, 0.5]", "crop_scale must be 0 < low <= high"),
+        ("masks.strategies=[]", "masks.strategies"),
+        ("noequals", "must read key.sub=value"),
+        ("name.sub=3", "name is a value, not a section"),
+        ("train.epochs=[", "not valid YAML"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(override: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        load(DEMO, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_files_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no config file at"):
+        load(tmp_path / "none.yaml")
+    path = tmp_path / "x.yaml"
+    for content, words in (("a: [", "not valid YAML"), ("- 1", "must hold a mapping")):
+        path.write_text(content)
+        with pytest.raises(UsageError, match=words):
+            load(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="not valid YAML"):
+        load(path)
+    path.write_text(yaml.safe_dump({"name": "x"}))
+    with pytest.raises(UsageError, match="`data` is required"):
+        load(path)
