@@ -103,7 +103,7 @@ class DecodeConfig(Section):
     """Limits and backend of the decoding children; see `docs/decoding.md`.
 
     Attributes:
-        backend: `auto` looks at the file and picks; `decord`; `pyav`.
+        backend: `auto` is the decoder measured best, PyAV; `decord` where it is installed.
         num_children: Decoding processes an actor keeps; 0 means one a CPU of the actor.
         deadline_seconds: A clip that takes longer becomes `decode_timeout`.
         max_frame_pixels: Larger frames become `decode_limit`.
@@ -118,7 +118,7 @@ class DecodeConfig(Section):
     deadline_seconds: float = Field(20.0, gt=0)
     max_frame_pixels: int = Field(8192 * 4320, gt=0)
     max_duration_seconds: float = Field(4 * 3600.0, gt=0)
-    max_video_bytes: int = Field(2 << 30, gt=0)
+    max_video_bytes: int = Field(1 << 30, gt=0)
     max_memory_bytes: int = Field(4 << 30, gt=0)
     clips_per_child: int = Field(1000, ge=1)
 

@@ -60,7 +60,11 @@ def clip_batches(
     wanted = (
         (sample, ClipRequest(uid=sample.uid, view=0, policy=policy))
         for path in expand(shards)
-        for sample in read_shard(index_shard(path), video_extensions=config.data.video_extensions)
+        for sample in read_shard(
+            index_shard(path),
+            video_extensions=config.data.video_extensions,
+            max_video_bytes=config.decode.max_video_bytes,
+        )
     )
     bad: Counter[str] = Counter()
     batch: list[tuple[Clip, Sample]] = []

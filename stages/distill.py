@@ -199,6 +199,7 @@ def _source(config: RunConfig) -> Iterator[_Opened]:
         source = LiveSource(
             [index_shard(path) for path in expand(config.data.shards)],
             video_extensions=config.data.video_extensions,
+            max_video_bytes=config.decode.max_video_bytes,
             policy=config.view_policy,
             num_views=config.views.num,
             sandbox=sandbox,

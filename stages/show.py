@@ -133,7 +133,11 @@ def _spread_clips(config: RunConfig, num_clips: int) -> list[tuple[str, Clip]]:
     position = 0
     with Sandbox(decode_limits(config.decode), num_children=1) as sandbox:
         for shard in shards:
-            for sample in read_shard(shard, video_extensions=config.data.video_extensions):
+            for sample in read_shard(
+                shard,
+                video_extensions=config.data.video_extensions,
+                max_video_bytes=config.decode.max_video_bytes,
+            ):
                 due = len(found) < len(starts) and position >= starts[len(found)]
                 position += 1
                 if not due:

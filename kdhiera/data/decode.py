@@ -77,8 +77,8 @@ def decode_decord(video: Video, indices: Sequence[int]) -> Iterator[tuple[int, F
 BACKENDS: dict[str, Decoder] = {"auto": decode_pyav, "pyav": decode_pyav, "decord": decode_decord}
 """Decoders by name.
 
-`auto` is PyAV: on the real videos tried it gave the same pixels as decord in 0.6 to 0.85 of
-the time, and decord passed concealed damage on as good frames.
+`auto` is PyAV: on the real videos tried it gave the same pixels as decord in 0.6 to 0.8 of the
+processor time, and decord passes damage that it conceals on as good frames.
 """
 
 

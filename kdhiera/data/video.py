@@ -13,40 +13,33 @@ is none. All of it is PyAV; a second decoder (`kdhiera.data.decode`) borrows the
 
 from __future__ import annotations
 
-import io
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NoReturn
 
 import av
 import av.logging
-from av.container import InputContainer
 from av.error import FFmpegError
 from av.logging import Capture
 from av.packet import Packet
 from av.sidedata.sidedata import SideData
-from av.stream import Disposition
-from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from kdhiera.data.clip import ClipError, DecodeLimits, Frame, Turn, read_display_matrix, shown
-from kdhiera.data.containers import CODECS, sniff
+from kdhiera.data.clip import ClipError, DecodeLimits, Frame, Turn, read_display_matrix
+from kdhiera.data.containers import sniff
+from kdhiera.data.demux import open_file, order_by_time, over, read_packets, video_stream
 from kdhiera.data.h264 import is_disposable, length_bytes
 from kdhiera.views import RowStatus
 
-_NOT_MOVING = Disposition.attached_pic | Disposition.timed_thumbnails
-_VP8_SHOWN_BIT = 0x10  # RFC 6386, 9.1: show_frame in the first byte of a frame
 # A strict decoder raises on damage. libavcodec's for h264 then also refuses whole videos for a
 # wrong label, and tells damage as well in its log (as many of the flipped bits were noticed).
 _NOT_STRICT = ("h264",)
 _DAMAGE = ("concealing", "Frame num gap")  # to FFmpeg, information for debugging
 _HARMLESS = ("A non-intra slice in an IDR NAL unit",)
 _TOO_LARGE = "exceeds specified max pixel count"
-_IO_BYTES = 2**18  # one call into Python a quarter megabyte
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +73,7 @@ class VideoInfo:
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
-    """A packet's number, as an object of its own: PyAV finds what a packet carries by `id()`."""
+    """A packet's number, as an object of its own: PyAV keeps what packets carry by `id()`."""
 
     number: int
 
@@ -93,34 +86,20 @@ class Video:
         limits: Bounds on what it may be.
 
     Raises:
-        ClipError: `decode_error`, `decode_limit` or `too_short` (no frame at all).
+        ClipError: `decode_error` or `decode_limit`.
+        av.error.FFmpegError: If FFmpeg cannot read the file.
     """
 
     def __init__(self, data: bytes, limits: DecodeLimits) -> None:
-        if len(data) > limits.max_video_bytes:
-            raise _over(f"the video has {len(data)} bytes", "max_video_bytes", limits)
-        container = sniff(data)
         self.data = data
         self._limits = limits
         self._errors: list[str] = []
-        self._file: InputContainer = av.open(
-            io.BytesIO(data),
-            "r",
-            format=container,
-            options={"max_pixels": str(limits.max_frame_pixels)},
-            metadata_errors="replace",
-            buffer_size=_IO_BYTES,
-            io_open=_refuse,
-        )
+        self._file = open_file(data, limits)
         try:
-            stream = _video_stream(self._file)
-            _check_claims(self._file, stream, limits)
+            stream = video_stream(self._file)
             self._codec = stream.codec_context
-            self._packets: list[Packet[VideoStream]] = [
-                packet for packet in self._file.demux(stream) if packet.size
-            ]
-            _check_whole(stream, len(data))
-            self._prepare(stream, container)
+            self._packets = read_packets(self._file, stream, limits)
+            self._prepare(stream, sniff(data))
         except BaseException:
             self._file.close()
             raise
@@ -142,7 +121,7 @@ class Video:
         self._length_bytes = length_bytes(codec.extradata)
         self._keys = [i for i, packet in enumerate(self._packets) if packet.is_keyframe]
         self._rank: dict[int, int] = {}
-        order = _order_by_time(self._packets, codec.name, reorders=codec.has_b_frames)
+        order = order_by_time(self._packets, codec.name, reorders=codec.has_b_frames)
         self._order = self._order_by_decoding() if order is None else order
         self._rank = {packet: index for index, packet in enumerate(self._order)}
         self._in_decode_order = self._order == sorted(self._order)
@@ -155,7 +134,7 @@ class Video:
         width, height = self._size[::-1] if self._turn.transpose else self._size
         start, seconds = self._seconds(stream)
         if seconds and seconds[-1] > limits.max_duration_seconds:
-            raise _over(f"the video lasts {seconds[-1]:.0f} s", "max_duration_seconds", limits)
+            raise over(f"the video lasts {seconds[-1]:.0f} s", "max_duration_seconds", limits)
         self.info = VideoInfo(
             container=container,
             codec=codec.name,
@@ -226,7 +205,7 @@ class Video:
                     self._errors.append(_words(error, log))
             lines = [line for line in _lines(log) if not line.startswith(_HARMLESS)]
             if any(_TOO_LARGE in line for line in lines):
-                raise _over("a frame has more pixels", "max_frame_pixels", self._limits)
+                raise over("a frame has more pixels", "max_frame_pixels", self._limits)
             self._errors += lines
             for frame in frames:
                 if packet is None and last_out is not None and _same_picture(frame, last_out):
@@ -369,65 +348,6 @@ def inspect(data: bytes, limits: DecodeLimits) -> VideoInfo:
         return video.info
 
 
-def _video_stream(file: InputContainer) -> VideoStream:
-    """The first stream of moving pictures that may be decoded."""
-    streams = [s for s in file.streams.video if not s.disposition & _NOT_MOVING]
-    if not streams:
-        kinds = ", ".join(sorted({s.type for s in file.streams})) or "nothing"
-        raise ClipError(RowStatus.DECODE_ERROR, f"no video stream: the file holds {kinds}")
-    stream = streams[0]
-    context: VideoCodecContext | None = stream.codec_context  # None where FFmpeg knows no decoder
-    if context is None or context.name not in CODECS:
-        name = "unknown" if context is None else context.name
-        raise ClipError(RowStatus.DECODE_ERROR, f"videos of codec {name} are not decoded")
-    return stream
-
-
-def _check_claims(file: InputContainer, stream: VideoStream, limits: DecodeLimits) -> None:
-    """Hold what the headers claim against the limits, before anything is decoded."""
-    width, height = stream.codec_context.width, stream.codec_context.height
-    if width * height > limits.max_frame_pixels:
-        raise _over(f"the video claims {width}x{height} px", "max_frame_pixels", limits)
-    seconds = (file.duration or 0) / av.time_base
-    if stream.duration is not None and stream.time_base is not None:
-        seconds = max(seconds, float(stream.duration * stream.time_base))
-    if seconds > limits.max_duration_seconds:
-        raise _over(f"the video claims {seconds:.0f} s", "max_duration_seconds", limits)
-
-
-def _check_whole(stream: VideoStream, num_bytes: int) -> None:
-    """Refuse a file whose index points beyond its end."""
-    beyond = sum(entry.pos + entry.size > num_bytes for entry in stream.index_entries)
-    if beyond:
-        words = f"the file is cut short: {beyond} of its frames lie beyond its end"
-        raise ClipError(RowStatus.DECODE_ERROR, words)
-
-
-def _order_by_time(
-    packets: Sequence[Packet[VideoStream]], codec: str, *, reorders: bool
-) -> list[int] | None:
-    """Packets of the shown frames in the order of their time stamps, None if they are no help.
-
-    Time stamps that are missing or double say nothing, and those that rise with the decode
-    order although the decoder reorders may be decode times in disguise.
-    """
-    seen = [
-        number
-        for number, packet in enumerate(packets)
-        if not packet.is_discard
-        and not (codec == "vp8" and not memoryview(packet)[0] & _VP8_SHOWN_BIT)
-    ]
-    stamps = {number: pts for number in seen if (pts := packets[number].pts) is not None}
-    if len(set(stamps.values())) < len(seen):
-        return None
-    order = sorted(seen, key=stamps.__getitem__)
-    return None if reorders and order == seen else order
-
-
-def _over(found: str, limit: str, limits: DecodeLimits) -> ClipError:
-    return ClipError(RowStatus.DECODE_LIMIT, f"{found}, decode.{limit} is {getattr(limits, limit)}")
-
-
 def _same_picture(one: VideoFrame, other: VideoFrame) -> bool:
     """Whether two frames that are both still held share their pixels."""
     return one.planes[0].buffer_ptr == other.planes[0].buffer_ptr
@@ -450,8 +370,3 @@ def _words(error: FFmpegError, log: Sequence[tuple[int, str, str]]) -> str:
 def damaged(index: int, reason: str) -> ClipError:
     """The `corrupt_frames` error of the frame with this index."""
     return ClipError(RowStatus.CORRUPT_FRAMES, f"frame {index} is damaged: {reason}")
-
-
-def _refuse(url: str, flags: int, options: dict[str, str]) -> NoReturn:
-    """A demuxer wants to open something else: never."""
-    raise PermissionError(f"a video may not open {shown(url)}")

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -45,6 +46,7 @@ class LiveSource:
     Args:
         shards: Indices of the shards.
         video_extensions: Members with these extensions are videos.
+        max_video_bytes: Larger videos are left out.
         policy: What views are drawn from.
         num_views: Views that are used.
         sandbox: Decoding children.
@@ -57,13 +59,17 @@ class LiveSource:
         shards: Sequence[ShardIndex],
         *,
         video_extensions: Sequence[str],
+        max_video_bytes: int,
         policy: ViewPolicy,
         num_views: int,
         sandbox: Sandbox,
         featurizer: Featurizer,
         layers: Layers,
     ) -> None:
-        self._extensions = video_extensions
+        self._reading: dict[str, Any] = {
+            "video_extensions": video_extensions,
+            "max_video_bytes": max_video_bytes,
+        }
         self._policy = policy
         self._sandbox = sandbox
         self._featurizer = featurizer
@@ -114,7 +120,7 @@ class LiveSource:
         )
 
     def _submit(self, sample: _Sample, view: int) -> tuple[str, Future[Clip | DecodeFailure]]:
-        found = read_sample(sample.shard, sample.ordinal, video_extensions=self._extensions)
+        found = read_sample(sample.shard, sample.ordinal, **self._reading)
         request = ClipRequest(uid=found.uid, view=view, policy=self._policy)
         assert found.video is not None, "only samples that decode are read"
         return found.uid, self._sandbox.submit(found.video, request)
@@ -124,7 +130,7 @@ class LiveSource:
         wanted = (
             (sample, ClipRequest(uid=sample.uid, view=view, policy=self._policy))
             for shard in shards
-            for sample in read_shard(shard, video_extensions=self._extensions)
+            for sample in read_shard(shard, **self._reading)
             for view in range(num_views)
         )
         bad = {

@@ -1,35 +1,16 @@
 """Small real runs: real videos, real teachers, a small clip."""
 
-import io
 import json
-import subprocess
-import sys
-import tarfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from real_runs import MakeConfig, Member, read_tar, write_tar
 
 from kdhiera.config import RunConfig, load
 from kdhiera.demo.prepare import Prepared
-
-Member = tuple[str, bytes]
-
-
-def write_tar(path: Path, members: Iterable[Member]) -> Path:
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def read_tar(path: Path) -> list[Member]:
-    with tarfile.open(path) as tar:
-        return [(m.name, tar.extractfile(m).read()) for m in tar]  # type: ignore[union-attr]
 
 
 @pytest.fixture(scope="session")
@@ -46,9 +27,6 @@ def shards(real_members: list[Member], tmp_path_factory: pytest.TempPathFactory)
     return [
         write_tar(folder / f"part-{i}.tar", real_members[24 * i : 24 * i + 24]) for i in range(2)
     ]
-
-
-MakeConfig = Callable[..., Path]
 
 
 @pytest.fixture
@@ -109,18 +87,3 @@ def make_config(demo: Prepared, shards: list[Path], tmp_path: Path) -> MakeConfi
 def make_run(make_config: MakeConfig) -> Callable[..., RunConfig]:
     """The same, loaded."""
     return lambda name="small", **sections: load(make_config(name, **sections))
-
-
-def kdhiera(
-    *arguments: object, cwd: Path | None = None, timeout: float = 280
-) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does."""
-    command = [sys.executable, "-c", "from kdhiera.cli import main; main()"]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=timeout,
-        check=False,
-    )

@@ -1,0 +1,101 @@
+"""The command line as a user meets it."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+COMMANDS = [
+    [],
+    ["extract-teachers"],
+    ["distill"],
+    ["evaluate"],
+    ["show"],
+    ["config"],
+    ["config", "show"],
+]
+DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+
+
+def kdhiera(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from kdhiera.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_begins_with_examples_and_ends_well(command: list[str]) -> None:
+    done = kdhiera(*command, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("Examples:\n  kdhiera ")
+    assert "Usage: " in done.stdout
+    for line in done.stdout.partition("\n\n")[0].splitlines()[1:]:
+        assert line.startswith("  kdhiera " + " ".join(command))
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "sys.argv = ['kdhiera', '--help']\n"
+        "from kdhiera.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'zarr', 'ray', 'pydantic', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    kdhiera("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime - before.ru_utime < 3  # a guard against imports, not a timing
+
+
+def test_version_and_resolved_config() -> None:
+    assert kdhiera("--version").stdout.startswith("kdhiera ")
+    shown = kdhiera("config", "show", str(DEMO), "train.epochs=3")
+    assert yaml.safe_load(shown.stdout)["train"]["epochs"] == 3
+    as_json = kdhiera("config", "show", str(DEMO), "--json")
+    assert json.loads(as_json.stdout)["name"] == "demo"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["extract-teachers"], "Missing argument 'CONFIG'"),
+        (["extrakt"], "No such command"),
+        (["distill", "nowhere.yaml"], "no config file at nowhere.yaml"),
+        (["distill", str(DEMO), "train.epoch=3"], "did you mean `train.epochs`"),
+        (["extract-teachers", str(DEMO), "clip.height=100"], "multiple of 32 px"),
+        (["extract-teachers", str(DEMO), "data.shards=none-*.tar"], "no file matches"),
+        (["extract-teachers", str(DEMO), "data.shards=pipe:touch x"], "scheme 'pipe:'"),
+        (["distill", str(DEMO)], "extract-teachers"),
+        (["evaluate", str(DEMO)], "kdhiera distill"),
+        (["evaluate", str(DEMO), "evaluate=null"], "no `evaluate` section"),
+    ],
+)
+def test_a_wrong_input_is_one_sentence_and_code_2(
+    arguments: list[str], words: str, tmp_path: Path
+) -> None:
+    done = kdhiera(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_weights_and_layers_are_said_before_anything_is_made(tmp_path: Path) -> None:
+    shard = tmp_path / "shard.tar"
+    import io
+    import tarfile
+
+    with tarfile.open(shard, "w") as tar:
+        info = tarfile.TarInfo("a.mp4")
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"none"))
+    done = kdhiera("extract-teachers", str(DEMO), "data.shards=shard.tar", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no teacher weights at demo-data/teachers/image-vits14.safetensors" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["shard.tar"]
