@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from dataclasses import replace
 
@@ -80,4 +81,4 @@ def provenance() -> dict[str, object]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"versions": versions, "machine": platform.machine()}
+    return {"versions": versions, "machine": platform.machine(), "process": os.getpid()}

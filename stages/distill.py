@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from jaxtyping import Int
+from torch import nn
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import ENCODINGS
@@ -113,12 +114,7 @@ def distill(
             _clear(folder)
         if resume and not (folder / "checkpoints").is_dir():
             raise UsageError(f"--resume: there is no checkpoint in {folder}")
-        backbone = build(config.student, config.clip.grid, seed=config.train.seed)
-        specs = _targets(config, opened, depths_of(backbone))
-        student = Student(backbone, config.clip.grid, sorted({s.tap for s in specs}))
-        heads = build_heads(
-            {spec.name: _head(student, spec) for spec in specs}, seed=config.train.seed + 1
-        )
+        student, heads, specs = student_of(config, opened)
         write_atomic(folder / "config.yaml", dump(config).encode())
         summary = train(
             student=student,
@@ -152,8 +148,17 @@ def distill(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Opened:
-    """A source of clips and what the targets need to know of it."""
+class Opened:
+    """A source of clips and what the targets need to know of it.
+
+    Args:
+        source: Where kept units are read.
+        coverage: What it holds, in words.
+        snapshot: Hash of what was committed when it was opened; `live` for live teachers.
+        encoding: Of its columns.
+        widths: Channels by (teacher, layer).
+        moments: Channel statistics by (teacher, layer), where they are asked for.
+    """
 
     source: ClipSource
     coverage: str
@@ -180,9 +185,9 @@ class _Cached:
 
 
 @contextlib.contextmanager
-def _source(config: RunConfig) -> Iterator[_Opened]:
+def _source(config: RunConfig) -> Iterator[Opened]:
     if config.cache.mode == "cached":
-        yield _open_cache(config)
+        yield open_cache(config)
         return
     layers = config.objective_layers
     if config.objective.normalise == "standardize":
@@ -206,7 +211,7 @@ def _source(config: RunConfig) -> Iterator[_Opened]:
             featurizer=featurizer_of(config, device=device),
             layers=layers,
         )
-        yield _Opened(
+        yield Opened(
             source=source,
             coverage=f"{source.num_samples} clips, live teachers",
             snapshot="live",
@@ -216,8 +221,14 @@ def _source(config: RunConfig) -> Iterator[_Opened]:
         )
 
 
-def _open_cache(config: RunConfig) -> _Opened:
-    """Check the cache against the config, as far as the config alone goes."""
+def open_cache(config: RunConfig) -> Opened:
+    """The cache as a source of clips, checked against the config as far as that goes.
+
+    Raises:
+        UsageError: If there is no cache.
+        MismatchError: If it was made for another config, does not cover the masks, or lacks
+            something that the run asks for.
+    """
     cache = Cache.open(Path(config.cache.dir))
     cache.check(declared_base(config), declared_only=True)
     _require_covered(config, cache.mask_plan.lacks(config.mask_spec, draws=config.masks.draws))
@@ -245,7 +256,7 @@ def _open_cache(config: RunConfig) -> _Opened:
                 mean=torch.tensor(found.mean, dtype=torch.float32, device=device),
                 std=torch.tensor(found.std, dtype=torch.float32, device=device),
             )
-    return _Opened(
+    return Opened(
         source=_Cached(reader=reader),
         coverage=reader.coverage.describe(),
         snapshot=reader.snapshot_sha256,
@@ -253,6 +264,23 @@ def _open_cache(config: RunConfig) -> _Opened:
         widths={key: reader.width(column) for key, column in columns.items()},
         moments=moments,
     )
+
+
+def student_of(
+    config: RunConfig, opened: Opened
+) -> tuple[Student, nn.ModuleDict, list[TargetSpec]]:
+    """A fresh student with its heads, and what each head must predict.
+
+    Raises:
+        UsageError: If a tap does not exist, or not every layer has one.
+    """
+    backbone = build(config.student, config.clip.grid, seed=config.train.seed)
+    specs = _targets(config, opened, depths_of(backbone))
+    student = Student(backbone, config.clip.grid, sorted({s.tap for s in specs}))
+    heads = build_heads(
+        {spec.name: _head(student, spec) for spec in specs}, seed=config.train.seed + 1
+    )
+    return student, heads, specs
 
 
 def _require_covered(config: RunConfig, gaps: Sequence[str]) -> None:
@@ -264,7 +292,7 @@ def _require_covered(config: RunConfig, gaps: Sequence[str]) -> None:
         )
 
 
-def _targets(config: RunConfig, opened: _Opened, depths: Sequence[int]) -> list[TargetSpec]:
+def _targets(config: RunConfig, opened: Opened, depths: Sequence[int]) -> list[TargetSpec]:
     specs = []
     for teacher, layers in config.objective_layers.items():
         taps = (config.student.taps or {}).get(teacher) or default_taps(len(layers), depths)
@@ -294,7 +322,7 @@ def _head(student: Student, spec: TargetSpec) -> HeadSpec:
     return HeadSpec(tap=spec.tap, tokens=tokens, width_in=width, width_out=spec.width)
 
 
-def _identity(config: RunConfig, opened: _Opened) -> dict[str, Any]:
+def _identity(config: RunConfig, opened: Opened) -> dict[str, Any]:
     """What decides the weights that come out; paths, devices and logging do not."""
     free = {"device", "log_every", "save_every", "keep_last", "prefetch", "num_threads"}
     return {

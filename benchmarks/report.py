@@ -1,0 +1,48 @@
+"""How every benchmark ends: a table on stdout, JSON beside it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def publish(
+    name: str, seconds: Mapping[str, Sequence[float]], figures: Mapping[str, float]
+) -> None:
+    """Print medians and figures, and write them with all samples.
+
+    Args:
+        name: Of the benchmark.
+        seconds: Samples by what was timed.
+        figures: Ratios made of the medians.
+    """
+    print(f"\n{name}")
+    for what, samples in seconds.items():
+        low, high = min(samples), max(samples)
+        middle = statistics.median(samples)
+        print(f"  {what:<44} {middle:9.4f} s   [{low:.4f}, {high:.4f}], {len(samples)} runs")
+    for what, value in figures.items():
+        print(f"  {what:<44} {value:9.3f}")
+    RESULTS.mkdir(exist_ok=True)
+    content = {
+        "command": f"python -m benchmarks {name}",
+        "machine": {"processor": _processor(), "threads": torch.get_num_threads()},
+        "torch": torch.__version__,
+        "seconds": {k: list(v) for k, v in seconds.items()},
+        "figures": dict(figures),
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
