@@ -60,23 +60,20 @@ def test_an_extraction_killed_at_random_resumes_to_the_same_content(
     extract(calm, progress=progress)
     path = make_config("wild", cache={"dir": str(tmp_path / "wild-cache")})
     code = "from kdhiera.cli import main; main()"
+    command = [sys.executable, "-c", code, "extract-teachers", str(path)]
     rng = random.Random(0)
-    kills = 0
-    for delay in [*(rng.uniform(4.0, 11.0) for _ in range(4)), 250.0]:
+    parts = tmp_path / "wild-cache" / "parts"
+    for _ in range(4):
+        before = len(list(parts.rglob("attempt.json")))
         process = subprocess.Popen(
-            [sys.executable, "-c", code, "extract-teachers", str(path)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        try:
-            assert process.wait(timeout=delay) == 0
-            break
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert kills > 0
+        while len(list(parts.rglob("attempt.json"))) == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 1.0))  # somewhere between its first byte and its commit
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, check=True, capture_output=True, timeout=250)
     assert contents(load(path)) == contents(calm)
 
 

@@ -1,0 +1,384 @@
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+import tensorstore as ts
+import torch
+import zarr
+from tiny_cache import (
+    COLUMNS,
+    SOURCE,
+    WIDTHS,
+    add_column,
+    assert_holds,
+    begin,
+    content,
+    fill,
+    make_cache,
+    write_part,
+)
+
+from kdhiera.cache import layout
+from kdhiera.cache.commit import Cache
+from kdhiera.cache.encoding import ENCODINGS
+from kdhiera.cache.layout import ColumnStatus, PartId
+from kdhiera.cache.reader import CacheReader, read_base
+from kdhiera.cache.stats import ChannelStatistics
+from kdhiera.errors import KdhieraError, MismatchError
+
+PART = PartId(shard_id="a-0", view=0)
+ALL = tuple(WIDTHS)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return make_cache(tmp_path / "cache", ALL)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zarr shards of 4 rows, so that a few rows make several."""
+    monkeypatch.setattr(layout, "ZARR_SHARD_ROWS", 4)
+
+
+def attempts(cache: Cache, part: PartId = PART) -> list[Path]:
+    folder = cache.root / "parts" / part.shard_id / str(part.view)
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def stored_arrays(cache: Cache) -> Iterator[tuple[Path, np.ndarray]]:
+    """Every array that a part should hold, with its values."""
+    what = content(PART, 11, bad=(0, 5))
+    commits = cache.commits()[PART]
+    base = cache.folder(commits.base) / "base.zarr"
+    yield base / "units", what.units
+    yield base / "scores", what.scores
+    yield base / "pixels", what.pixels
+    for column, commit in commits.columns.items():
+        group = cache.folder(commit) / layout.column_group(column)
+        yield group / "status", np.zeros(len(what.units), np.uint8)
+        encode = ENCODINGS[layout.parse_column(column).encoding].encode
+        for name, values in encode(torch.from_numpy(what.features[column])).items():
+            yield group / name, values.numpy()
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_plain_zarr_and_tensorstore_read_what_was_written(cache: Cache):
+    write_part(cache, PART, content(PART, 11, bad=(0, 5)), ALL)
+    checked = 0
+    for path, expected in stored_arrays(cache):
+        array = zarr.open_array(path, mode="r")
+        np.testing.assert_array_equal(array[...], expected)
+        assert array.dtype == expected.dtype
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}
+        np.testing.assert_array_equal(ts.open(spec).result().read().result(), expected)
+        checked += 1
+    assert checked == 3 + 3 * 3 + 2
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_part_is_two_plain_zarr_groups_that_describe_themselves(cache: Cache):
+    write_part(cache, PART, content(PART, 11), ALL)
+    folder = attempts(cache)[0]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "attempt.json",
+        "base.zarr",
+        "rows.parquet",
+        "stats.npz",
+        "targets.zarr",
+    ]
+    targets = zarr.open_group(folder / "targets.zarr", mode="r")
+    assert sorted(targets["image"]) == ["1.fp32", "1.int8", "norm.int8"]
+    group = targets["image/1.int8"]
+    assert group.attrs["teacher"] == "image"
+    assert group.attrs["fingerprint"] == cache.column_fingerprint("image.1.int8")
+    codes = group["codes"]
+    assert codes.metadata.dimension_names == ("row", "kept_unit", "token", "channel")
+    assert codes.shards == (4, 4, 4, 8)
+    assert codes.chunks == (1, 4, 4, 8)
+    assert [type(c).__name__ for c in codes.compressors] == ["BloscCodec", "Crc32cCodec"]
+    blosc = codes.compressors[0]
+    assert (blosc.cname.value, blosc.shuffle.value) == ("zstd", "shuffle")
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_reach_the_disk_as_they_fill(cache: Cache):
+    what = content(PART, 11)
+    with begin(cache, PART, ()) as attempt:
+        for row in range(9):
+            some = slice(row, row + 1)
+            attempt.append_rows(
+                what.rows[some],
+                units=what.units[some],
+                scores=what.scores[some],
+                pixels=what.pixels[some],
+            )
+        on_disk = {p.name for p in (attempt.folder / "base.zarr" / "pixels").glob("c.*")}
+        assert "c.0.0.0.0.0.0" in on_disk  # the second block may still be on its way
+
+
+def test_no_pad_garbage_is_stored(cache: Cache):
+    what = content(PART, 30)
+    write_part(cache, PART, what, ALL)  # garbage stands at padded units
+    rows = CacheReader(cache, num_views=1, columns=ALL).read(np.arange(30), view=0)
+    padded = rows.units < 0
+    assert padded.any()
+    assert not rows.pixels[padded].any()
+    assert not rows.columns["image.1.fp32"]["codes"][padded].any()
+
+
+def test_a_part_of_bad_rows_only_is_zero_rows(cache: Cache):
+    write_part(cache, PART, content(PART, 3, bad=(0, 1, 2)), ALL)
+    reader = CacheReader(cache, num_views=1, columns=ALL)
+    assert reader.num_samples == 0
+    assert reader.coverage.rows == {"decode_error": 3}
+    rows = reader.read(np.arange(0), view=0)
+    assert rows.pixels.shape == (0, 4, 2, 32, 32, 3)
+    assert reader.statistics("image.1.int8").count == 0
+    for path, expected in ((p, e) for p, e in stored_arrays(cache)):
+        assert zarr.open_array(path, mode="r").shape == (0, *expected.shape[1:])
+
+
+def test_an_empty_shard_is_zero_samples(cache: Cache):
+    write_part(cache, PART, content(PART, 0))
+    assert CacheReader(cache, num_views=1, columns=COLUMNS).coverage.num_samples == 0
+
+
+def test_rows_come_back_for_a_replay(cache: Cache):
+    what = content(PART, 6, bad=(2,))
+    write_part(cache, PART, what)
+    commits = cache.part_commits(PART)
+    assert commits is not None
+    found = read_base(cache, commits.base)
+    assert found.rows == list(what.rows)
+    np.testing.assert_array_equal(found.units, what.units)
+    np.testing.assert_array_equal(found.scores, what.scores)
+
+
+def test_a_column_is_added_to_a_committed_base(cache: Cache):
+    what = content(PART, 6, bad=(2,))
+    first = write_part(cache, PART, what, ("image.1.int8",))
+    assert first.won_base
+    commits = cache.part_commits(PART)
+    assert commits is not None
+    result = write_part(cache, PART, what, ALL[1:], base=commits.base)
+    assert not result.won_base
+    assert result.published == ALL[1:]
+    assert len(attempts(cache)) == 2
+    assert len(list(cache.root.rglob("base.zarr"))) == 1
+    assert_holds(CacheReader(cache, num_views=1, columns=ALL), {PART: what}, ALL)
+
+
+def test_values_that_are_not_finite_lose_their_row_in_that_column_only(cache: Cache):
+    what = content(PART, 6)
+    kept = np.argmax(what.units >= 0, axis=1)
+    broken = {k: v.copy() for k, v in what.features.items()}
+    broken["image.1.int8"][1, kept[1], 2, 3] = np.nan
+    broken["image.1.int8"][4, kept[4], 0, 0] = -np.inf
+    write_part(cache, PART, replace(what, features=broken))
+    reader = CacheReader(cache, num_views=1, columns=COLUMNS)
+    assert reader.coverage.columns["image.1.int8"] == {"nonfinite": 2, "ok": 4}
+    assert reader.uids(np.arange(4)) == [what.rows[i].uid for i in (0, 2, 3, 5)]
+    other = CacheReader(cache, num_views=1, columns=("video.2.int8",))
+    assert_holds(other, {PART: what}, ("video.2.int8",))
+    group = cache.folder(cache.commits()[PART].columns["image.1.int8"])
+    codes = zarr.open_array(group / "targets.zarr/image/1.int8/codes", mode="r")
+    assert not codes[1].any()
+
+
+def test_statuses_of_the_caller_are_kept(cache: Cache):
+    what = content(PART, 5)
+    with begin(cache, PART, COLUMNS[:1]) as attempt:
+        fill(attempt, what, ())
+        features = torch.full((5, 4, 4, 8), float("nan"))
+        status = np.array([3, 4, 1, 2, 0], np.uint8)
+        attempt.append_features(COLUMNS[0], features, status)
+        attempt.commit()
+    statuses = cache.commits()[PART].columns[COLUMNS[0]].statuses
+    assert statuses == {
+        "nonfinite": 2,
+        "overflow": 1,
+        "teacher_error": 1,
+        "replay_mismatch": 1,
+    }
+    assert status.tolist() == [3, 4, 1, 2, 0], "the caller's array was changed"
+    path = cache.folder(cache.commits()[PART].base) / "targets.zarr/image/1.int8/status"
+    assert zarr.open_array(path, mode="r")[...].tolist() == [3, 4, 1, 2, ColumnStatus.NONFINITE]
+
+
+def test_statistics_that_are_not_finite_are_refused(cache: Cache):
+    broken = ChannelStatistics(count=1, mean=np.full(8, np.nan), m2=np.zeros(8))
+    with begin(cache, PART) as attempt, pytest.raises(ValueError, match="not finite"):
+        attempt.append_statistics("image.1.int8", broken)
+
+
+def test_leaving_without_commit_leaves_nothing(cache: Cache):
+    with begin(cache, PART) as attempt:
+        fill(attempt, content(PART))
+    assert attempts(cache) == []
+    assert cache.commits() == {}
+    with pytest.raises(RuntimeError, match="teacher"), begin(cache, PART):  # noqa: PT012
+        assert len(attempts(cache)) == 1
+        raise RuntimeError("teacher")
+    assert attempts(cache) == []
+
+
+def test_an_attempt_that_took_longer_than_its_lease_publishes_nothing(cache: Cache):
+    with begin(cache, PART, lease_seconds=0.01) as attempt:
+        fill(attempt, content(PART))
+        time.sleep(0.02)
+        with pytest.raises(KdhieraError, match=r"longer than extract\.lease_seconds = 0\.01"):
+            attempt.commit()
+    assert cache.commits() == {}
+    assert attempts(cache) == []
+
+
+def test_a_loser_with_equal_rows_binds_its_columns_to_the_winner(cache: Cache):
+    what = content(PART, 6, bad=(1,))
+    with begin(cache, PART, COLUMNS[:1]) as winner, begin(cache, PART, COLUMNS) as loser:
+        fill(winner, what, COLUMNS[:1])
+        fill(loser, what, COLUMNS)
+        won = winner.commit()
+        lost = loser.commit()
+    assert (won.won_base, won.adopted, won.published) == (True, False, COLUMNS[:1])
+    assert (lost.won_base, lost.adopted, lost.published) == (False, True, COLUMNS[1:])
+    assert not lost.replay_needed
+    commits = cache.commits()[PART]
+    assert commits.base.attempt == winner.attempt
+    assert [commits.columns[c].attempt for c in COLUMNS] == [winner.attempt, loser.attempt]
+    assert not (loser.folder / "base.zarr").exists()
+    assert_holds(CacheReader(cache, num_views=1, columns=COLUMNS), {PART: what})
+
+
+def test_a_loser_that_brings_nothing_new_leaves_nothing(cache: Cache):
+    what = content(PART)
+    with begin(cache, PART) as winner, begin(cache, PART) as loser:
+        fill(winner, what)
+        fill(loser, what)
+        winner.commit()
+        lost = loser.commit()
+    assert (lost.won_base, lost.adopted, lost.published) == (False, True, ())
+    assert (lost.num_bytes, lost.replay_needed) == (0, False)
+    assert attempts(cache) == [winner.folder]
+
+
+def test_a_loser_with_other_rows_discards_them_and_replays_the_winners(cache: Cache):
+    first, other = content(PART, 6, bad=(1,)), content(PART, 6, bad=(1, 4), seed=9)
+    with begin(cache, PART, COLUMNS[:1]) as winner, begin(cache, PART, COLUMNS) as loser:
+        fill(winner, first, COLUMNS[:1])
+        fill(loser, other, COLUMNS)
+        winner.commit()
+        lost = loser.commit()
+    assert (lost.won_base, lost.adopted, lost.published) == (False, False, ())
+    assert lost.replay_needed
+    assert attempts(cache) == [winner.folder]
+    commits = cache.part_commits(PART)
+    assert commits is not None
+    assert cache.missing(PART, COLUMNS).columns == COLUMNS[1:]
+    write_part(cache, PART, first, COLUMNS[1:], base=commits.base)
+    assert_holds(CacheReader(cache, num_views=1, columns=COLUMNS), {PART: first})
+
+
+def test_a_loser_whose_pixels_alone_differ_discards_its_columns(cache: Cache):
+    first = content(PART)
+    pixels = first.pixels.copy()
+    pixels[0, 0, 0, 0, 0, 0] ^= 1
+    with begin(cache, PART, ()) as winner, begin(cache, PART) as loser:
+        fill(winner, first, ())
+        fill(loser, replace(first, pixels=pixels))
+        winner.commit()
+        assert loser.commit().replay_needed
+
+
+def test_an_error_between_base_and_column_keeps_the_base(cache: Cache):
+    what = content(PART)
+    obstacle = layout.commit_file(cache.root, PART, COLUMNS[0])
+    with begin(cache, PART) as attempt:
+        fill(attempt, what)
+        obstacle.mkdir(parents=True)
+        with pytest.raises(IsADirectoryError):
+            attempt.commit()
+    obstacle.rmdir()
+    assert cache.missing(PART, COLUMNS).columns == COLUMNS
+    commits = cache.part_commits(PART)
+    assert commits is not None
+    write_part(cache, PART, what, base=commits.base)
+    assert_holds(CacheReader(cache, num_views=1, columns=COLUMNS), {PART: what})
+
+
+def test_views_of_one_shard_come_from_the_same_bytes(cache: Cache):
+    write_part(cache, PART)
+    other = PartId(shard_id="a-0", view=1)
+    with pytest.raises(MismatchError, match=r"source_changed: https://host/shard\.tar has the"):
+        begin(
+            cache,
+            other,
+            source=replace(SOURCE, path="https://u:p@host/shard.tar?key=1", sha256="cd" * 32),
+        )
+    assert attempts(cache, other) == []
+    begin(cache, other, source=replace(SOURCE, path="moved.tar")).abandon()
+    begin(cache, other, source=replace(SOURCE, sha256=None)).abandon()
+
+
+def test_signed_urls_are_not_recorded(cache: Cache):
+    url = replace(SOURCE, path="https://user:hunter2@host/shard.tar?signature=hunter2")
+    with begin(cache, PART, source=url) as attempt:
+        fill(attempt, content(PART))
+        attempt.commit()
+    assert cache.commits()[PART].base.source.path == "https://host/shard.tar"
+    for path in cache.root.rglob("*"):
+        assert not path.is_file() or b"hunter2" not in path.read_bytes()
+
+
+def test_records_list_every_file_with_size_and_checksum(cache: Cache):
+    write_part(cache, PART)
+    commits = cache.commits()[PART]
+    listed: dict[str, list[int]] = {}
+    for commit in (commits.base, *commits.columns.values()):
+        listed |= cache.read_record(commit)["files"]
+    folder = cache.folder(commits.base)
+    on_disk = {
+        p.relative_to(folder).as_posix(): [
+            p.stat().st_size,
+            google_crc32c.value(p.read_bytes()),
+        ]
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != "attempt.json"
+    }
+    assert listed == on_disk
+
+
+def test_what_does_not_read_back_is_not_committed(cache: Cache):
+    with begin(cache, PART) as attempt:
+        fill(attempt, content(PART))
+        array = attempt._base["pixels"]
+        finish = array.finish
+
+        def finish_on_a_bad_disk() -> None:
+            finish()
+            path = array.path / "c.0.0.0.0.0.0"
+            data = bytearray(path.read_bytes())
+            data[100] ^= 1
+            path.write_bytes(data)
+
+        array.finish = finish_on_a_bad_disk  # type: ignore[method-assign]
+        with pytest.raises(KdhieraError, match=r"reads back differently \(pixels: .*DATA_LOSS"):
+            attempt.commit()
+    assert cache.commits() == {}
+
+
+def test_two_encodings_of_a_layer_lie_side_by_side(cache: Cache):
+    what = content(PART)
+    write_part(cache, PART, what, ("image.1.int8", "image.1.fp32"))
+    reader = CacheReader(cache, num_views=1, columns=("image.1.int8", "image.1.fp32"))
+    assert_holds(reader, {PART: what}, reader.columns)
+
+
+def test_an_unknown_column_cannot_be_written(cache: Cache):
+    add_column(cache, "image.1.int8")
+    with pytest.raises(KeyError):
+        begin(cache, PART, ("image.7.int8",))

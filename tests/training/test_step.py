@@ -1,0 +1,145 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import MemorySource, Setup
+from torch.nn import functional as F
+
+from kdhiera.config import ObjectiveConfig
+from kdhiera.student.heads import HeadSpec, build_heads
+from kdhiera.training.batches import Batch, make_batch, position_of
+from kdhiera.training.optim import Schedule
+from kdhiera.training.step import Learner, NonFiniteError, seeded
+
+CPU = torch.device("cpu")
+
+
+def learner(setup: Setup, dtype: torch.dtype = torch.float32, **changes: object) -> Learner:
+    student, targets = setup.student(), setup.targets()
+    heads = {
+        spec.name: HeadSpec(
+            tap=spec.tap, tokens=4, width_in=student.tap_shape(spec.tap)[1], width_out=spec.width
+        )
+        for spec in targets
+    }
+    return Learner(
+        student=student,
+        heads=build_heads(heads, seed=1),
+        targets=targets,
+        objective=ObjectiveConfig(),
+        config=setup.config(**changes),
+        schedule=Schedule(peak=1e-3, final=1e-3, warmup_steps=0, num_steps=100),
+        device=CPU,
+        dtype=dtype,
+    )
+
+
+def batch_of(setup: Setup, source: MemorySource, step: int = 0) -> Batch:
+    samples = np.array([3, 1, 8, 5])
+    position = position_of(step, steps_per_epoch=4, num_views=2, num_draws=2)
+    rows = source.read(samples, view=position.view)
+    return make_batch(rows, setup.masks, position, samples)
+
+
+def test_losses_are_those_of_the_formula(setup: Setup, source: MemorySource) -> None:
+    ours, same = learner(setup), learner(setup)
+    batch = batch_of(setup, source)
+    result = ours.step(batch, measure=True)
+    with seeded("step", 0, 0, device=CPU), torch.no_grad():
+        taps = same.student(batch.pixels, batch.units)
+    wanted = {}
+    for spec in setup.targets():
+        target = F.layer_norm(batch.columns[spec.column]["codes"], (spec.width,), eps=1e-6)
+        prediction = same.heads[spec.name](taps[spec.tap])
+        wanted[spec.name] = F.smooth_l1_loss(prediction, target)
+    for name, value in wanted.items():
+        torch.testing.assert_close(result.losses[name], value)
+    torch.testing.assert_close(result.loss, wanted["image/9"] + 0.5 * wanted["video/3"])
+    assert result.lr == 1e-3
+    assert result.cosine is not None
+    assert result.cosine.keys() == wanted.keys()
+
+
+def test_drop_path_is_a_function_of_seed_and_step(setup: Setup, source: MemorySource) -> None:
+    torch.manual_seed(5)
+    first = learner(setup).step(batch_of(setup, source), measure=False)
+    outside = torch.rand(2)
+    torch.manual_seed(99)
+    again = learner(setup).step(batch_of(setup, source), measure=False)
+    other = learner(setup, seed=1).step(batch_of(setup, source), measure=False)
+    assert torch.equal(first.loss, again.loss)
+    assert not torch.equal(first.loss, other.loss)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(2), outside)
+
+
+def test_clipping_bounds_the_gradient(setup: Setup, source: MemorySource) -> None:
+    batch = batch_of(setup, source)
+    free, clipped = learner(setup), learner(setup, clip_grad=0.01)
+    norm = free.step(batch, measure=False).grad_norm
+    assert torch.equal(clipped.step(batch, measure=False).grad_norm, norm)
+    gradients = [p.grad for g in free.optimizer.param_groups for p in g["params"]]
+    flat = torch.cat([g.double().flatten() for g in gradients if g is not None])
+    assert flat.norm().item() == pytest.approx(norm.item(), rel=1e-4)
+    bounded = [p.grad for g in clipped.optimizer.param_groups for p in g["params"]]
+    flat = torch.cat([g.double().flatten() for g in bounded if g is not None])
+    assert flat.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_bf16_comes_close_to_fp32(setup: Setup, source: MemorySource) -> None:
+    batch = batch_of(setup, source)
+    exact = learner(setup).step(batch, measure=False)
+    coarse = learner(setup, torch.bfloat16).step(batch, measure=False)
+    assert coarse.loss.dtype is torch.float32
+    assert coarse.loss.item() == pytest.approx(exact.loss.item(), rel=1e-2)
+    assert coarse.grad_norm.item() == pytest.approx(exact.grad_norm.item(), rel=0.1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_target_that_is_not_finite_stops_before_any_weight_changes(
+    setup: Setup, source: MemorySource, value: float
+) -> None:
+    batch = batch_of(setup, source)
+    batch.columns["video-3"]["codes"][0, 0, 0, 0] = value
+    broken = learner(setup)
+    before = {name: p.clone() for name, p in broken.student.state_dict().items()}
+    with pytest.raises(NonFiniteError, match=r"teacher video, layer 3 \(the cached target"):
+        broken.step(batch, measure=False)
+    assert all(torch.equal(p, before[name]) for name, p in broken.student.state_dict().items())
+
+
+def test_a_prediction_that_is_not_finite_is_told_apart(setup: Setup, source: MemorySource) -> None:
+    broken = learner(setup)
+    torch.nn.init.constant_(broken.heads["image/9"].linear.bias, float("inf"))
+    with pytest.raises(NonFiniteError, match=r"teacher image, layer 9 \(the student's predict"):
+        broken.step(batch_of(setup, source), measure=False)
+
+
+def test_a_gradient_that_is_not_finite_names_its_parameter(
+    setup: Setup, source: MemorySource
+) -> None:
+    broken = learner(setup)
+    broken.heads["image/9"].linear.weight.register_hook(lambda g: g * float("nan"))
+    before = {name: p.clone() for name, p in broken.heads.state_dict().items()}
+    with pytest.raises(NonFiniteError, match=r"gradient of image/9.linear.weight is not finite"):
+        broken.step(batch_of(setup, source), measure=False)
+    assert all(torch.equal(p, before[name]) for name, p in broken.heads.state_dict().items())
+
+
+def test_a_learner_goes_on_from_its_state(setup: Setup, source: MemorySource) -> None:
+    first, second = learner(setup), learner(setup)
+    first.step(batch_of(setup, source, 0), measure=True)
+    second.load_state_dict(first.state_dict())
+    a = first.step(batch_of(setup, source, 1), measure=True)
+    b = second.step(batch_of(setup, source, 1), measure=True)
+    assert torch.equal(a.loss, b.loss)
+    assert a.explained_variance == b.explained_variance
+
+
+def test_position_decides_the_learning_rate(setup: Setup, source: MemorySource) -> None:
+    ours = learner(setup)
+    ours.schedule = Schedule(peak=1.0, final=0.0, warmup_steps=10, num_steps=20)
+    batch = batch_of(setup, source)
+    moved = replace(batch, position=replace(batch.position, step=4))
+    assert ours.step(moved, measure=False).lr == 0.5

@@ -1,0 +1,130 @@
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdhiera.cache.encoding import ENCODINGS
+from kdhiera.cache.rows import KeptRows
+from kdhiera.config import ObjectiveConfig, StudentConfig, TrainConfig
+from kdhiera.grid import Grid
+from kdhiera.masking import MaskPlan, MaskSpec, Scope, Strategy
+from kdhiera.objective.targets import TargetSpec
+from kdhiera.progress import PlainProgress, Progress
+from kdhiera.student.heads import HeadSpec, build_heads
+from kdhiera.student.hiera import Student, build
+from kdhiera.training.loop import TrainSummary, train
+
+GRID = Grid(num_frames=4, height=64, width=64)
+WIDTH = 24
+MASKS = MaskSpec(strategy=Strategy.ATTENTION, scope=Scope.SLOT, ratio=0.5, seed=0)
+
+
+class MemorySource:
+    """Random clips with random features, kept as a cache keeps them."""
+
+    def __init__(self, num_samples: int = 18, num_views: int = 2, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.num_samples = num_samples
+        self.plan = MaskPlan(
+            strategies=(Strategy.ATTENTION,),
+            scope=Scope.SLOT,
+            ratio=0.5,
+            draws=2,
+            seed=0,
+            keep_all=False,
+        )
+        shape = (num_views, num_samples)
+        frames = (GRID.num_frames, GRID.height, GRID.width, 3)
+        self.clips = rng.integers(0, 256, (*shape, *frames), dtype=np.uint8)
+        self.scores = rng.random((*shape, GRID.slots, GRID.units_per_slot), dtype=np.float32)
+        self.features = rng.standard_normal((*shape, GRID.num_units, 4, WIDTH)).astype(np.float32)
+
+    def read(self, samples: np.ndarray, *, view: int) -> KeptRows:
+        bound = self.plan.max_kept(GRID.slots, GRID.units_per_slot)
+        b = len(samples)
+        units = np.full((b, bound), -1, np.int16)
+        pixels = np.zeros((b, bound, 2, 32, 32, 3), np.uint8)
+        codes = np.zeros((b, bound, 4, WIDTH), np.float32)
+        for row, sample in enumerate(samples):
+            uid = f"clip-{sample}"
+            kept = self.plan.kept_units(self.scores[view, sample], uid=uid, view=view)
+            units[row, : len(kept)] = kept
+            cubes = GRID.frames_to_units(self.clips[view, sample][None])[0]
+            pixels[row, : len(kept)] = cubes[kept]
+            codes[row, : len(kept)] = self.features[view, sample][kept]
+        return KeptRows(
+            uids=tuple(f"clip-{sample}" for sample in samples),
+            units=units,
+            scores=self.scores[view][samples],
+            pixels=pixels,
+            columns={"image-9": {"codes": codes}, "video-3": {"codes": 2 * codes[..., :16]}},
+        )
+
+
+@dataclass(kw_only=True)
+class Setup:
+    """A tiny run: `run` builds everything from seeds and trains."""
+
+    run_dir: Path
+    identity: dict[str, Any] = field(default_factory=lambda: {"cache": "abc", "lr": 0.01})
+    masks: MaskSpec = MASKS
+
+    def config(self, **changes: Any) -> TrainConfig:
+        values = {
+            "epochs": 8, "batch_size": 4, "lr": 0.2, "warmup_epochs": 1.0, "precision": "fp32",
+            "device": "cpu", "log_every": 3, "save_every": 2,
+            "num_threads": 1,
+        }  # fmt: skip
+        return TrainConfig(**(values | changes))
+
+    def targets(self) -> list[TargetSpec]:
+        decode = ENCODINGS["fp32"].decode
+        return [
+            TargetSpec(
+                teacher="image", layer="9", tap="stage3.end", column="image-9", width=WIDTH,
+                weight=1.0, decode=decode,
+            ),
+            TargetSpec(
+                teacher="video", layer="3", tap="stage4.end", column="video-3", width=16,
+                weight=0.5, decode=decode,
+            ),
+        ]  # fmt: skip
+
+    def student(self) -> Student:
+        backbone = build(StudentConfig(size="nano", drop_path=0.2), GRID, seed=0)
+        return Student(backbone, GRID, [spec.tap for spec in self.targets()])
+
+    def run(
+        self,
+        source: MemorySource,
+        *,
+        student: Student | None = None,
+        progress: Progress | None = None,
+        targets: list[TargetSpec] | None = None,
+        **changes: Any,
+    ) -> TrainSummary:
+        student = student or self.student()
+        targets = targets or self.targets()
+        specs = {
+            spec.name: HeadSpec(
+                tap=spec.tap, tokens=4, width_in=student.tap_shape(spec.tap)[1],
+                width_out=spec.width,
+            )
+            for spec in targets
+        }  # fmt: skip
+        return train(
+            student=student,
+            heads=build_heads(specs, seed=1),
+            targets=targets,
+            source=source,
+            masks=self.masks,
+            num_views=2,
+            num_draws=2,
+            objective=ObjectiveConfig(),
+            config=self.config(**changes),
+            run_dir=self.run_dir,
+            identity=self.identity,
+            progress=progress or PlainProgress(io.StringIO()),
+        )
