@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -91,7 +91,7 @@ class ViewsConfig(Section):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _ordered(self) -> ViewsConfig:
         if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
             raise ValueError(f"crop_scale must be 0 < low <= high, got {list(self.crop_scale)}")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
@@ -154,7 +154,7 @@ class TeacherConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _complete(self) -> TeacherConfig:
         needed = {"timm": "model", "module": "factory"}[self.kind]
         if getattr(self, needed) is None:
             raise ValueError(f"a teacher of kind {self.kind} needs `{needed}`")
@@ -387,7 +387,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> RunConfig:
         _ = self.clip.grid
         named: list[tuple[str, Iterable[str]]] = [("scores.teacher", (self.scores.teacher,))]
         named.append(("objective.teachers", self.objective.teachers or ()))

@@ -8,10 +8,17 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
+import google_crc32c
+
 from kdhiera.errors import KdhieraError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_SYNC_THREADS = 8
 
 
 def fsync_folder(folder: Path) -> None:
@@ -34,8 +41,34 @@ def make_folder(folder: Path) -> None:
         fsync_folder(path.parent)
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+def file_crc32c(path: Path) -> int:
+    """crc32c of a file, read in pieces."""
+    checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            checksum = google_crc32c.extend(checksum, piece)
+    return checksum
+
+
+def sync_folder(folder: Path) -> dict[str, tuple[int, int]]:
+    """Make every file and folder below `folder` survive a power cut.
+
+    Returns:
+        Size and crc32c of every file, by path relative to `folder`, sorted.
+    """
+
+    def sync(path: Path) -> tuple[str, tuple[int, int]]:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        entry = path.stat().st_size, file_crc32c(path)
+        return path.relative_to(folder).as_posix(), entry
+
+    walked = list(os.walk(folder, topdown=False))
+    paths = sorted(Path(parent, name) for parent, _, names in walked for name in names)
+    with ThreadPoolExecutor(_SYNC_THREADS) as pool:  # a journal takes many at once
+        files = dict(pool.map(sync, paths))
+        list(pool.map(fsync_folder, (Path(parent) for parent, _, _ in walked)))
+    return files
 
 
 @contextlib.contextmanager

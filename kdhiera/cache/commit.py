@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import google_crc32c
 
@@ -52,7 +52,7 @@ from kdhiera.cache.table import Row, from_parquet
 from kdhiera.errors import DamagedError, MismatchError, UsageError
 from kdhiera.grid import Grid
 from kdhiera.masking import MaskPlan
-from kdhiera.storage import put_if_absent
+from kdhiera.storage import file_crc32c, put_if_absent
 
 _LISTING_THREADS = 8
 
@@ -74,7 +74,7 @@ class Cache:
     @classmethod
     def create_or_open(
         cls, root: Path, identity: Identity, *, provenance: Mapping[str, object]
-    ) -> Self:
+    ) -> Cache:
         """Open the cache in `root` for extraction, creating it if there is none.
 
         Args:
@@ -106,7 +106,7 @@ class Cache:
         return cache
 
     @classmethod
-    def open(cls, root: Path) -> Self:
+    def open(cls, root: Path) -> Cache:
         """Open an existing cache.
 
         Raises:
@@ -380,15 +380,6 @@ class Cache:
             f"part {part} of the cache in {self.root} is damaged: {what}. To make it anew, remove "
             f"{commit_folder(self.root, part)} and run `kdhiera extract-teachers CONFIG`"
         )
-
-
-def file_crc32c(path: Path) -> int:
-    """crc32c of a file, read in pieces."""
-    checksum = 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            checksum = google_crc32c.extend(checksum, piece)
-    return checksum
 
 
 def _folders(path: Path) -> Iterator[os.DirEntry[str]]:

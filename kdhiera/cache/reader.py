@@ -10,7 +10,6 @@ the reader opened is what it reads, whatever is added meanwhile.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import threading
 from collections import OrderedDict
@@ -37,7 +36,7 @@ from kdhiera.cache.layout import (
 )
 from kdhiera.cache.records import BaseCommit, PartCommits
 from kdhiera.cache.rows import KeptRows
-from kdhiera.cache.stats import ChannelStatistics, merge
+from kdhiera.cache.stats import ChannelStatistics, from_npz, merge
 from kdhiera.cache.table import Row, read_columns
 from kdhiera.errors import DamagedError
 
@@ -194,13 +193,8 @@ class CacheReader:
         """Channel statistics of a column over all tokens of all parts that are read."""
 
         def load(part: PartId) -> ChannelStatistics:
-            data = self.cache.read_file(self._parts[part].columns[column], "stats.npz")
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                return ChannelStatistics(
-                    count=int(arrays[f"{column}.count"]),
-                    mean=arrays[f"{column}.mean"],
-                    m2=arrays[f"{column}.m2"],
-                )
+            commit = self._parts[part].columns[column]
+            return from_npz(self.cache.read_file(commit, "stats.npz"), column)
 
         with ThreadPoolExecutor(_THREADS) as pool:
             return merge(pool.map(load, sorted(self._parts)), self._widths[column])

@@ -10,7 +10,8 @@ merged in sorted order all the same, so that a training run sees one value.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import io
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 
@@ -63,6 +64,28 @@ def merge(parts: Iterable[ChannelStatistics], width: int) -> ChannelStatistics:
         width: Channels; says the shape where there are no parts.
     """
     return reduce(_merge_two, parts, nothing(width))
+
+
+def to_npz(statistics: Mapping[str, ChannelStatistics]) -> bytes:
+    """Statistics of some columns as one file."""
+    arrays: dict[str, np.ndarray] = {}
+    for column, values in statistics.items():
+        arrays[f"{column}.count"] = np.array(values.count)
+        arrays[f"{column}.mean"] = values.mean
+        arrays[f"{column}.m2"] = values.m2
+    sink = io.BytesIO()
+    np.savez(sink, allow_pickle=False, **arrays)
+    return sink.getvalue()
+
+
+def from_npz(data: bytes, column: str) -> ChannelStatistics:
+    """Statistics of one column of a file; inverse of `to_npz`."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return ChannelStatistics(
+            count=int(arrays[f"{column}.count"]),
+            mean=arrays[f"{column}.mean"],
+            m2=arrays[f"{column}.m2"],
+        )
 
 
 def _merge_two(a: ChannelStatistics, b: ChannelStatistics) -> ChannelStatistics:

@@ -9,17 +9,13 @@ process dies, its folder is garbage and another attempt starts from nothing.
 
 from __future__ import annotations
 
-import io
-import os
 import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 import google_crc32c
 import numpy as np
@@ -28,7 +24,7 @@ from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
 from kdhiera.cache.arrays import ArrayWriter, create_group, read_array
-from kdhiera.cache.commit import Cache, file_crc32c
+from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import ENCODINGS
 from kdhiera.cache.layout import (
     ColumnStatus,
@@ -41,14 +37,13 @@ from kdhiera.cache.layout import (
     parse_column,
 )
 from kdhiera.cache.records import BaseCommit, SourceInfo, redact, seal
-from kdhiera.cache.stats import ChannelStatistics, merge
+from kdhiera.cache.stats import ChannelStatistics, merge, to_npz
 from kdhiera.cache.table import Row, count_statuses, rows_digest, samples_digest, to_parquet
 from kdhiera.errors import KdhieraError, MismatchError
-from kdhiera.storage import disk_errors, fsync_folder, make_folder, put_if_absent, write_atomic
+from kdhiera.storage import disk_errors, make_folder, put_if_absent, sync_folder, write_atomic
 from kdhiera.views import RowStatus
 
 Files = dict[str, tuple[int, int]]
-_SYNC_THREADS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +133,7 @@ class Attempt:
             self._base = {} if base else self._create_base()
             self._columns = self._create_columns(columns)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Attempt:
         return self
 
     def __exit__(
@@ -243,7 +238,7 @@ class Attempt:
         """
         with disk_errors(self.cache.root):
             written = self._finish()
-            files = _sync(self.folder)
+            files = sync_folder(self.folder)
         self._verify(files, written)
         self._check_lease()
         self._ended = True  # from here on a record may name this folder: it stays
@@ -259,7 +254,7 @@ class Attempt:
         elif not won and self._base:  # equal rows are kept once: the winner's
             shutil.rmtree(self.folder / "base.zarr")
             (self.folder / "rows.parquet").unlink()
-        sizes: Files = files if won else {}
+        sizes = _base_files(files) if won else {}
         for column in published:
             sizes = sizes | _column_files(files, column)
         return CommitResult(
@@ -318,9 +313,8 @@ class Attempt:
         if self._base:
             written["rows.parquet"] = to_parquet(self._rows, self._kept_crc32c)
         if self._columns:
-            written["stats.npz"] = _statistics_file(
-                {column: target.statistics for column, target in self._columns.items()}
-            )
+            statistics = {column: target.statistics for column, target in self._columns.items()}
+            written["stats.npz"] = to_npz(statistics)
         for name, data in written.items():
             write_atomic(self.folder / name, data)
         return written
@@ -355,11 +349,7 @@ class Attempt:
             "statuses": count_statuses(self._rows),
             "samples_digest": samples_digest(self._rows),
             "rows_digest": self._rows_digest,
-            "files": {
-                name: entry
-                for name, entry in files.items()
-                if name == "rows.parquet" or name.startswith("base.zarr/")
-            },
+            "files": _base_files(files),
         }
         _publish(commit_file(self.cache.root, self.part, None), seal(body))
         return _committed_base(self.cache, self.part)
@@ -414,43 +404,15 @@ def _publish(path: Path, record: bytes) -> bool:
     return path.read_bytes() == record
 
 
+def _base_files(files: Files) -> Files:
+    return {n: e for n, e in files.items() if n == "rows.parquet" or n.startswith("base.zarr/")}
+
+
 def _column_files(files: Files, column: str) -> Files:
     """A column's own files and those it shares: group metadata and statistics."""
     group = column_group(column)
     shared = {"stats.npz", "targets.zarr/zarr.json", f"{group.rpartition('/')[0]}/zarr.json"}
     return {n: e for n, e in files.items() if n in shared or n.startswith(f"{group}/")}
-
-
-def _statistics_file(statistics: Mapping[str, ChannelStatistics]) -> bytes:
-    arrays: dict[str, np.ndarray] = {}
-    for column, values in statistics.items():
-        arrays[f"{column}.count"] = np.array(values.count)
-        arrays[f"{column}.mean"] = values.mean
-        arrays[f"{column}.m2"] = values.m2
-    sink = io.BytesIO()
-    np.savez(sink, allow_pickle=False, **arrays)
-    return sink.getvalue()
-
-
-def _sync(folder: Path) -> Files:
-    """Make every file and folder below `folder` survive a power cut.
-
-    Returns:
-        Size and crc32c of every file, by path relative to `folder`.
-    """
-
-    def sync(path: Path) -> tuple[str, tuple[int, int]]:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        entry = path.stat().st_size, file_crc32c(path)
-        return path.relative_to(folder).as_posix(), entry
-
-    walked = list(os.walk(folder, topdown=False))
-    paths = sorted(Path(parent, name) for parent, _, names in walked for name in names)
-    with ThreadPoolExecutor(_SYNC_THREADS) as pool:  # a journal takes many at once
-        files = dict(pool.map(sync, paths))
-        list(pool.map(fsync_folder, (Path(parent) for parent, _, _ in walked)))
-    return files
 
 
 def _committed_base(cache: Cache, part: PartId) -> BaseCommit:
