@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO, runtime_checkable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -23,6 +23,7 @@ RATE_WINDOW_SECONDS = 30.0
 BYTES = "bytes"  # the unit whose counts are shown as kB, MB, ...
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Where a long piece of work reports to; safe to call from several threads."""
 

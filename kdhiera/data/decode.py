@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from kdhiera.views import ClipView, RowStatus, TooShortError, ViewPolicy, draw_v
 _DECORD_CONTAINERS = ("mov", "matroska")
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """A backend that gives the frames of a demuxed video."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -31,7 +31,7 @@ class LastAttentionInput:
         assert self._value is not None, "the block has not run"
         return self._value
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> LastAttentionInput:
         if self._enabled:
             self._hook = self._attention.register_forward_pre_hook(self._keep)
         return self

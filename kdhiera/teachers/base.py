@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -31,6 +31,7 @@ class TeacherOutput:
     scores: Float[Tensor, "b t h w"] | None
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """A frozen teacher bound to one token grid and device.
 

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64, UInt8
+from jaxtyping import Int, Int64, UInt8, UInt64
 from torch import Tensor
 
 from kdhiera.cache.rows import KeptRows
@@ -18,7 +18,10 @@ from kdhiera.errors import UsageError
 from kdhiera.masking import MaskSpec, draw_mask
 from kdhiera.views import stable_key
 
+WINDOW_BLOCKS = 16  # runs of neighbours that are shuffled together
 
+
+@runtime_checkable
 @runtime_checkable
 class ClipSource(Protocol):
     """Where kept units come from: the cache, or teachers running live."""
@@ -103,7 +106,8 @@ def epoch_order(
     A pure function of its arguments, made of raw Philox words, so that no NumPy version,
     platform or worker count changes it. With a block size the samples are cut into runs
     of `block` neighbours (from a random offset, round the end), the runs are shuffled,
-    then the samples within each: a batch touches about `batch_size / block` runs.
+    then the samples of every 16 runs in a row: a batch mixes 16 places of the storage and
+    touches no more (twice that where it straddles two windows).
 
     Args:
         seed: Any integer.
@@ -124,19 +128,39 @@ def epoch_order(
             "lower it, or extract more clips"
         )
     noise = np.random.Philox(key=stable_key("order", seed, epoch))
+    samples = np.arange(num_samples, dtype=np.uint64)
     if block == 1:
-        order = np.argsort(noise.random_raw(num_samples), kind="stable")
+        order = _shuffled(samples, noise.random_raw(num_samples), np.uint64(0))
     else:
+        offset = noise.random_raw() % num_samples
         num_blocks = -(-num_samples // block)
-        offset = int(noise.random_raw()) % num_samples
-        rank = np.argsort(noise.random_raw(num_blocks), kind="stable")
-        place = np.empty(num_blocks, dtype=np.int64)
-        place[rank] = np.arange(num_blocks)
-        words = noise.random_raw(num_samples)
-        order = np.lexsort((words, place[np.arange(num_samples) // block]))
-        order = (order + offset) % num_samples
+        blocks = np.arange(num_blocks, dtype=np.uint64)
+        place = np.empty_like(blocks)
+        place[_shuffled(blocks, noise.random_raw(num_blocks), np.uint64(0))] = blocks
+        window = np.repeat(place // np.uint64(WINDOW_BLOCKS), block)[:num_samples]
+        order = _shuffled(samples, noise.random_raw(num_samples), window)
+        order = (order + np.uint64(offset)) % np.uint64(num_samples)
     steps = num_samples // batch_size
     return order[: steps * batch_size].reshape(steps, batch_size).astype(np.int64)
+
+
+def _shuffled(
+    numbers: UInt64[np.ndarray, " n"],
+    words: UInt64[np.ndarray, " n"],
+    group: UInt64[np.ndarray, " n"] | np.uint64,
+) -> UInt64[np.ndarray, " n"]:
+    """`numbers` (0 .. n-1) in random order, group by group.
+
+    Sorts the words `group | random bits | number`, which are all distinct, so that every
+    sorting algorithm gives the same order.
+    """
+    one = np.uint64(1)
+    low = np.uint64(int(numbers[-1]).bit_length())
+    high = np.uint64(64 - max(1, int(np.max(group)).bit_length()))
+    random = words & ((one << high) - (one << low))
+    keys: UInt64[np.ndarray, " n"] = group << high | random | numbers
+    keys.sort()
+    return keys & ((one << low) - one)
 
 
 def make_batch(

@@ -8,14 +8,11 @@ therefore continues with the losses that the uninterrupted run has.
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,6 +24,7 @@ from kdhiera.errors import KdhieraError, MismatchError, StoppedError, UsageError
 from kdhiera.masking import MaskSpec
 from kdhiera.objective.targets import TargetSpec
 from kdhiera.progress import Progress
+from kdhiera.stopping import stop_on_signals
 from kdhiera.storage import atomic_file
 from kdhiera.student.hiera import Student
 from kdhiera.training import checkpoint
@@ -176,7 +174,7 @@ def train(
     progress.advance(task, done)
     with (
         _num_threads(config.num_threads),
-        _stop_flag() as stop,
+        stop_on_signals() as stop,
         MetricLog(run_dir, steps_done=done) as log,
         Prefetcher(ahead, depth=config.prefetch, pin_memory=device.type == "cuda") as ready,
     ):
@@ -271,33 +269,6 @@ def _timed(source: Iterator[Batch] | Prefetcher) -> Iterator[tuple[Batch, float]
         if batch is None:
             return
         yield batch, time.perf_counter() - asked
-
-
-@contextmanager
-def _stop_flag() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets, for the length of the block.
-
-    A second one does what it did before, so that a step that hangs can be left. Only the
-    main thread may handle signals; in another one the event stays unset.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        restore()
-
-    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        restore()
 
 
 @contextmanager
