@@ -31,5 +31,5 @@ bench: install ## figures of docs/performance.md
 docs: install ## checks that every link in the docs leads somewhere
 	$(BIN)/pytest -q tests/test_docs.py
 
-clean: ## everything that was made
-	rm -rf .venv demo-data caches runs
+clean: ## environment and everything the demo made
+	rm -rf .venv demo-data caches/demo runs/demo

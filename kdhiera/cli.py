@@ -226,6 +226,9 @@ def main() -> None:
     except KdhieraError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("stopped: run the same command again to go on", err=True)
-        sys.exit(ExitCode.INTERRUPTED)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        typer.echo(
+            f"error: {error.strerror or error}:{where}; correct the path, or free it", err=True
+        )
+        sys.exit(ExitCode.FAILED)

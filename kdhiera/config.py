@@ -38,8 +38,8 @@ class DataConfig(Section):
     Attributes:
         shards: WebDataset tar shards: paths, globs or brace patterns.
         video_extensions: Members with these extensions are videos.
-        max_bad_fraction: Extraction stops when more than this share of the samples is
-            bad (at least 20 samples seen).
+        max_bad_fraction: Extraction stops when more than this share of the rows (a sample in
+            a view) is bad, 20 rows seen at least.
     """
 
     shards: tuple[str, ...]
@@ -250,8 +250,8 @@ class StudentConfig(Section):
     Attributes:
         size: Named size; see `kdhiera.student.hiera`.
         drop_path: Rate of the last block, rising linearly from 0.
-        taps: Where heads read, one for every teacher layer in order: `stage3.mid`,
-            `stage3.end`, `stage4.end`; None spreads a teacher's layers over these.
+        taps: Where heads read, by teacher, one for every layer in order: `stage3.mid`,
+            `stage3.end`, `stage4.end` or `block:N`; None spreads a teacher's layers over these.
     """
 
     size: Literal["nano", "tiny", "small", "base", "base_plus", "large", "huge"] = "base"
@@ -283,9 +283,12 @@ class ObjectiveConfig(Section):
     @field_validator("layers", mode="before")
     @classmethod
     def _layer_names(cls, value: object) -> object:
-        if isinstance(value, Mapping):
-            return {k: tuple(str(x) for x in v) for k, v in value.items()}
-        return value
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            k: tuple(str(x) for x in v) if isinstance(v, list | tuple) else v
+            for k, v in value.items()
+        }
 
 
 class TrainConfig(Section):
@@ -399,6 +402,21 @@ class RunConfig(Section):
                     raise ValueError(
                         f"{key} names `{name}`, but the teachers are: {', '.join(self.teachers)}"
                     )
+        for name, teacher in self.teachers.items():
+            numbers = [int(x) for x in teacher.layers if x.isdecimal()]
+            if len(set(teacher.layers)) < len(teacher.layers) or numbers != sorted(numbers):
+                raise ValueError(
+                    f"teachers.{name}.layers must ascend without repeats (deeper layers are read "
+                    f"at deeper taps), got {list(teacher.layers)}"
+                )
+        if not any(self.objective_layers.values()) or not all(self.objective_layers.values()):
+            raise ValueError("objective.teachers and objective.layers leave a teacher no layer")
+        gaps = self.mask_plan.lacks(self.mask_spec, draws=self.masks.draws)
+        if gaps:
+            raise ValueError(
+                f"objective asks for masks that `masks` does not plan: {'; '.join(gaps)}; plan "
+                "them in `masks`, or choose others in `objective`"
+            )
         for name, layers in self.objective_layers.items():
             missing = set(layers) - set(self.teachers[name].layers)
             if missing:

@@ -22,7 +22,7 @@ libraries already disagrees once in about two million slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -220,23 +220,3 @@ def to_keep_mask(
     for row, units in zip(mask, visible, strict=True):
         row[units] = True
     return mask
-
-
-def positions_in(
-    kept: Int[np.ndarray, " kept"], visible: Iterable[int] | Int[np.ndarray, " k"]
-) -> Int[np.ndarray, " k"]:
-    """Where the visible units stand among a row's kept ones (both ascending).
-
-    Args:
-        kept: A row's kept units, ascending, padded at the end with -1.
-        visible: Units to find.
-
-    Raises:
-        LookupError: If a visible unit was not kept.
-    """
-    wanted = np.asarray(visible)
-    stored = kept[kept >= 0]
-    found = np.searchsorted(stored, wanted)
-    if np.any(found >= len(stored)) or np.any(stored[np.minimum(found, len(stored) - 1)] != wanted):
-        raise LookupError("the cache does not keep a unit that this mask shows")
-    return found

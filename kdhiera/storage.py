@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import uuid
@@ -69,6 +70,12 @@ def sync_folder(folder: Path) -> dict[str, tuple[int, int]]:
         files = dict(pool.map(sync, paths))
         list(pool.map(fsync_folder, (Path(parent) for parent, _, _ in walked)))
     return files
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a whole file, as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

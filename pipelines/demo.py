@@ -34,6 +34,7 @@ def demo(overrides: list[str], progress: Progress) -> None:
         overrides: Dotted overrides of the config.
         progress: Where progress is shown.
     """
+    load(CONFIG, overrides)  # a typo is found before anything is fetched
     say_on_stdout("== demo data ==")
     prepared = prepare(ROOT, progress=say_on_stdout)
     if not prepared.train:

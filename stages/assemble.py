@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -14,8 +15,12 @@ from kdhiera.cache.layout import column_id
 from kdhiera.cache.records import SourceInfo
 from kdhiera.config import DecodeConfig, RunConfig
 from kdhiera.data.clip import DecodeLimits
-from kdhiera.data.shards import ShardIndex, hash_shard
+from kdhiera.data.shards import ShardIndex
+from kdhiera.errors import MismatchError
 from kdhiera.featurize import Featurizer
+from kdhiera.storage import file_sha256
+from kdhiera.student.export import load_exported
+from kdhiera.student.hiera import Student, build
 from kdhiera.teachers.build import build_teachers
 
 VERSIONED = ("torch", "timm", "transformers", "av", "decord", "pillow", "zarr", "numcodecs")
@@ -63,12 +68,33 @@ def featurizer_of(config: RunConfig, *, device: torch.device, keep_all: bool = F
     )
 
 
+def exported_student(config: RunConfig, folder: Path) -> Student:
+    """The run's exported student, if it is the one the config describes.
+
+    Raises:
+        UsageError: If there is none.
+        MismatchError: If it was made for other clips or is of another size.
+    """
+    student = load_exported(folder)
+    wanted = build(config.student, config.clip.grid, seed=0).state_dict()
+    has = student.backbone.state_dict()
+    same = {k: v.shape for k, v in has.items()} == {k: v.shape for k, v in wanted.items()}
+    if student.grid != config.clip.grid or not same:
+        g = student.grid
+        raise MismatchError(
+            f"the student in {folder} is not the config's: it was made for clips of "
+            f"{g.num_frames} x {g.height} x {g.width}; go back to its config (config.yaml beside "
+            "it), or train again"
+        )
+    return student
+
+
 def source_of(shard: ShardIndex) -> SourceInfo:
     """What a cache records of a shard."""
     return SourceInfo(
         path=shard.path,
         num_bytes=shard.num_bytes,
-        sha256=hash_shard(shard.path),
+        sha256=file_sha256(Path(shard.path)),
         problems=shard.problems,
     )
 

@@ -24,14 +24,14 @@ from torch import nn
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import ENCODINGS
 from kdhiera.cache.expected import expected_shards
-from kdhiera.cache.fingerprint import declared_base, declared_column
+from kdhiera.cache.fingerprint import declared_base, declared_column, fingerprint
 from kdhiera.cache.layout import column_id
 from kdhiera.cache.reader import CacheReader
 from kdhiera.cache.rows import KeptRows
 from kdhiera.config import RunConfig, dump
 from kdhiera.data.sandbox import Sandbox
-from kdhiera.data.shards import expand, index_shard
-from kdhiera.devices import resolve_device
+from kdhiera.data.shards import expand, expand_braces, index_shard
+from kdhiera.devices import resolve_device, resolve_precision
 from kdhiera.errors import MismatchError, UsageError
 from kdhiera.objective.targets import ChannelMoments, TargetSpec
 from kdhiera.progress import Progress, human_seconds
@@ -42,7 +42,7 @@ from kdhiera.student.heads import HeadSpec, build_heads
 from kdhiera.student.hiera import Student, build, default_taps, depths_of
 from kdhiera.training.batches import ClipSource
 from kdhiera.training.live import LIVE_ENCODING, LiveSource
-from kdhiera.training.loop import TrainSummary, train
+from kdhiera.training.loop import TrainSummary, check_resumable, num_steps, train
 
 logger = logging.getLogger(__name__)
 
@@ -109,41 +109,58 @@ def distill(
         StoppedError: After SIGTERM or SIGINT, with a checkpoint.
     """
     folder = Path(config.run_dir)
-    with _source(config) as opened, _locked(folder):
-        if overwrite:
-            _clear(folder)
-        if resume and not (folder / "checkpoints").is_dir():
-            raise UsageError(f"--resume: there is no checkpoint in {folder}")
+    if resume and not (folder / "checkpoints").is_dir():
+        raise UsageError(f"--resume: there is no checkpoint in {folder}")
+    with _source(config) as opened:
         student, heads, specs = student_of(config, opened)
-        write_atomic(folder / "config.yaml", dump(config).encode())
-        summary = train(
-            student=student,
-            heads=heads,
-            targets=specs,
-            source=opened.source,
-            masks=config.mask_spec,
-            num_views=config.views.num,
-            num_draws=config.masks.draws,
-            objective=config.objective,
-            config=config.train,
-            run_dir=folder,
-            identity=_identity(config, opened),
-            progress=progress,
-            block=BLOCK_ROWS,
-        )
-        export(
-            student,
-            config.student,
-            folder / "export",
-            name=config.name,
-            provenance={"steps": summary.steps, **_identity(config, opened)},
-        )
+        num_steps(config.train, opened.source.num_samples)
+        resolve_precision(config.train.precision, resolve_device(config.train.device))
+        identity = _identity(config, opened)
+        with _locked(folder):
+            if overwrite:
+                _clear(folder)
+            check_resumable(folder, identity)
+            write_atomic(folder / "config.yaml", dump(config).encode())
+            summary = _train(config, opened, student, heads, specs, identity, progress)
+            export(
+                student,
+                config.student,
+                folder / "export",
+                name=config.name,
+                provenance={"steps": summary.steps, **identity},
+            )
     return DistillSummary(
         run_dir=config.run_dir,
         mode=config.cache.mode,
         coverage=opened.coverage,
         training=summary,
         export=str(folder / "export"),
+    )
+
+
+def _train(
+    config: RunConfig,
+    opened: Opened,
+    student: Student,
+    heads: nn.ModuleDict,
+    specs: Sequence[TargetSpec],
+    identity: Mapping[str, Any],
+    progress: Progress,
+) -> TrainSummary:
+    return train(
+        student=student,
+        heads=heads,
+        targets=specs,
+        source=opened.source,
+        masks=config.mask_spec,
+        num_views=config.views.num,
+        num_draws=config.masks.draws,
+        objective=config.objective,
+        config=config.train,
+        run_dir=Path(config.run_dir),
+        identity=identity,
+        progress=progress,
+        block=BLOCK_ROWS,
     )
 
 
@@ -154,7 +171,7 @@ class Opened:
     Args:
         source: Where kept units are read.
         coverage: What it holds, in words.
-        snapshot: Hash of what was committed when it was opened; `live` for live teachers.
+        snapshot: Hash of what was committed when it was opened, or of what a live run reads.
         encoding: Of its columns.
         widths: Channels by (teacher, layer).
         moments: Channel statistics by (teacher, layer), where they are asked for.
@@ -201,20 +218,36 @@ def _source(config: RunConfig) -> Iterator[Opened]:
         decode_limits(config.decode),
         num_children=config.decode.num_children or config.extract.cpus_per_actor,
     ) as sandbox:
+        shards = [index_shard(path) for path in expand(config.data.shards)]
+        featurizer = featurizer_of(config, device=device)
         source = LiveSource(
-            [index_shard(path) for path in expand(config.data.shards)],
+            shards,
             video_extensions=config.data.video_extensions,
             max_video_bytes=config.decode.max_video_bytes,
             policy=config.view_policy,
             num_views=config.views.num,
             sandbox=sandbox,
-            featurizer=featurizer_of(config, device=device),
+            featurizer=featurizer,
             layers=layers,
         )
         yield Opened(
             source=source,
             coverage=f"{source.num_samples} clips, live teachers",
-            snapshot="live",
+            snapshot=fingerprint(
+                {
+                    "base": declared_base(config),
+                    "columns": [
+                        declared_column(config, teacher, layer)
+                        for teacher, chosen in layers.items()
+                        for layer in chosen
+                    ],
+                    "weights": {
+                        name: teacher.weights_sha256
+                        for name, teacher in featurizer.teachers.items()
+                    },
+                    "shards": sorted(shard.shard_id for shard in shards),
+                }
+            ),
             encoding=LIVE_ENCODING,
             widths=source.widths,
             moments={},
@@ -243,7 +276,7 @@ def open_cache(config: RunConfig) -> Opened:
         cache,
         num_views=config.views.num,
         columns=tuple(columns.values()),
-        shards=expected_shards(cache),
+        shards=expected_shards(cache, [p for s in config.data.shards for p in expand_braces(s)]),
         allow_partial=config.cache.allow_partial,
     )
     logger.info("%s", reader.coverage.describe())
@@ -356,5 +389,5 @@ def _clear(folder: Path) -> None:
     """Remove what an earlier run left, and only that."""
     for name in ("checkpoints", "tensorboard", "export", "replay", "report", "pictures"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "config.yaml", "evaluation.json", "report.md"):
+    for name in ("metrics.jsonl", "config.yaml", "evaluation.json", "features.npz", "report.md"):
         (folder / name).unlink(missing_ok=True)

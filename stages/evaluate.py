@@ -6,11 +6,14 @@ that a number means something. Clips are decoded once and every model sees the s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,9 @@ from kdhiera.featurize import Featurizer
 from kdhiera.progress import Progress
 from kdhiera.report.tables import percent, result_table, to_text
 from kdhiera.results import Comparison, Result, comparisons_from_json, results_from_json, to_json
-from kdhiera.stages.assemble import decode_limits, featurizer_of
-from kdhiera.stages.clips import clip_batches
-from kdhiera.storage import atomic_file, write_atomic
-from kdhiera.student.export import load_exported
+from kdhiera.stages.assemble import decode_limits, exported_student, featurizer_of
+from kdhiera.stages.clips import ClipBatch, clip_batches
+from kdhiera.storage import atomic_file, file_sha256, write_atomic
 from kdhiera.student.hiera import Student, build
 from kdhiera.views import CropPolicy, FramePolicy, ViewPolicy
 
@@ -111,12 +113,13 @@ def evaluate(config: RunConfig, *, progress: Progress) -> EvaluateSummary:
         )
     path = folder / "evaluation.json"
     want = _fingerprint(config, settings, export)
+    models = _models(config, export)
     features = folder / "features.npz"
     done = _earlier(path, features, want)
     if done is not None:
         logger.info("this student was evaluated before: results are those of %s", path)
         return done
-    splits = _read_splits(config, settings, _models(config, export), progress)
+    splits = _read_splits(config, settings, models, progress)
     results, comparisons = [], []
     for label in _labels(settings, splits):
         found, compared = _measure(settings, splits, label)
@@ -173,7 +176,7 @@ def _models(config: RunConfig, export: Path) -> dict[str, Model]:
     grid = config.clip.grid
     seed = _settings(config).seed
     students = {
-        STUDENT: load_exported(export),
+        STUDENT: exported_student(config, export),
         RANDOM: Student(build(config.student, grid, seed=seed), grid),
     }
     models: dict[str, Model] = {
@@ -216,38 +219,60 @@ def _read_splits(
     patterns = {name: getattr(settings, name) for name in SPLITS}
     total = sum(len(index_shard(p).samples) for v in patterns.values() for p in expand(v))
     bar = progress.start("evaluate", total, "clips")
+    device = resolve_device(config.train.device)
+    # On CPUs a batch a core with one thread each is faster than one batch with all of them.
+    workers = 1 if device.type == "cuda" else os.cpu_count() or 1
+    start = (lambda: None) if device.type == "cuda" else partial(torch.set_num_threads, 1)
     splits = {}
-    with Sandbox(
-        decode_limits(config.decode), num_children=config.decode.num_children or 1
-    ) as sandbox:
+    with (
+        Sandbox(decode_limits(config.decode), num_children=workers) as sandbox,
+        ThreadPoolExecutor(workers, initializer=start) as pool,
+    ):
         for split, shards in patterns.items():
-            parts: dict[str, dict[str, list[np.ndarray]]] = {
-                m: {r: [] for r in READOUTS} for m in models
-            }
-            uids: list[str] = []
-            labels: list[Mapping[str, Any]] = []
-            for batch in clip_batches(
+            batches = clip_batches(
                 config,
                 shards,
                 policy=evaluation_policy(config),
                 sandbox=sandbox,
                 batch_size=settings.batch_size,
-            ):
-                for name, model in models.items():
-                    for readout, values in model(batch.frames).items():
-                        parts[name][readout].append(values)
-                uids += batch.uids
-                labels += batch.labels
-                progress.advance(bar, len(batch.labels))
-            if not labels:
+            )
+            found: list[tuple[ClipBatch, dict[str, Features]]] = []
+            for batch, features in _mapped(pool, partial(_run_models, models), batches, workers):
+                found.append((batch, features))
+                progress.advance(bar, len(batch.uids))
+            if not found:
                 raise UsageError(f"evaluate.{split} has no clip that decodes: {', '.join(shards)}")
-            features = {
-                m: {r: np.concatenate(chunks) for r, chunks in readouts.items()}
-                for m, readouts in parts.items()
-            }
-            splits[split] = _Split(uids=uids, features=features, labels=labels)
+            splits[split] = _Split(
+                uids=[uid for batch, _ in found for uid in batch.uids],
+                labels=[labels for batch, _ in found for labels in batch.labels],
+                features={
+                    m: {r: np.concatenate([f[m][r] for _, f in found]) for r in READOUTS}
+                    for m in models
+                },
+            )
     progress.finish(bar)
     return splits
+
+
+def _run_models(models: Mapping[str, Model], batch: ClipBatch) -> dict[str, Features]:
+    return {name: model(batch.frames) for name, model in models.items()}
+
+
+def _mapped(
+    pool: ThreadPoolExecutor,
+    function: Callable[[ClipBatch], dict[str, Features]],
+    batches: Iterable[ClipBatch],
+    ahead: int,
+) -> Iterator[tuple[ClipBatch, dict[str, Features]]]:
+    """Like `pool.map`, in order, but no more than `ahead` batches are held."""
+    waiting: deque[tuple[ClipBatch, Future[dict[str, Features]]]] = deque()
+    for batch in batches:
+        waiting.append((batch, pool.submit(function, batch)))
+        if len(waiting) > ahead:
+            first, result = waiting.popleft()
+            yield first, result.result()
+    for first, result in waiting:
+        yield first, result.result()
 
 
 def _labels(settings: EvaluateConfig, splits: Mapping[str, _Split]) -> tuple[str, ...]:
@@ -353,7 +378,7 @@ def _predict(
 
 def _fingerprint(config: RunConfig, settings: EvaluateConfig, export: Path) -> str:
     """Of all that decides the results: the weights, the clips, the settings."""
-    weights = hashlib.sha256((export / "model.safetensors").read_bytes()).hexdigest()
+    weights = file_sha256(export / "model.safetensors")
     shards = [index_shard(p).shard_id for s in SPLITS for p in expand(getattr(settings, s))]
     return fingerprint(
         {
@@ -361,6 +386,13 @@ def _fingerprint(config: RunConfig, settings: EvaluateConfig, export: Path) -> s
             "shards": shards,
             "settings": settings.model_dump(mode="json"),
             "clip": config.clip.model_dump(mode="json"),
+            "allow_short": config.views.allow_short,
+            "decode": config.decode.model_dump(mode="json"),
+            "extensions": list(config.data.video_extensions),
+            "teacher_weights": {
+                name: file_sha256(Path(t.weights)) if t.weights else ""
+                for name, t in config.teachers.items()
+            },
             "student": config.student.model_dump(mode="json"),
             "teachers": {k: t.model_dump(mode="json") for k, t in config.teachers.items()},
         }
@@ -381,8 +413,11 @@ def _save_features(path: Path, splits: Mapping[str, _Split]) -> None:
 def _earlier(path: Path, features: Path, want: str) -> EvaluateSummary | None:
     if not path.is_file() or not features.is_file():
         return None
-    document = json.loads(path.read_text())
-    if document["fingerprint"] != want:
+    try:
+        document = json.loads(path.read_text())
+    except ValueError:
+        return None
+    if document.get("fingerprint") != want:
         return None
     return EvaluateSummary(
         results=results_from_json(document["results"]),

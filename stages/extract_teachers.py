@@ -21,7 +21,7 @@ from kdhiera.cache.expected import expect_shard
 from kdhiera.cache.fingerprint import base_identity, column_identity
 from kdhiera.cache.layout import PartId, column_id
 from kdhiera.config import RunConfig
-from kdhiera.data.shards import ShardIndex, expand, index_shard
+from kdhiera.data.shards import ShardError, ShardIndex, expand, index_shard
 from kdhiera.devices import resolve_device, resolve_precision
 from kdhiera.errors import BadDataError, IncompleteError, UsageError
 from kdhiera.grid import TOKENS_PER_UNIT
@@ -161,11 +161,17 @@ def _index(config: RunConfig) -> tuple[list[ShardIndex], list[str]]:
     for path in expand(config.data.shards):
         try:
             index = index_shard(path)
-        except (OSError, ValueError) as error:
-            problems.append(f"{path}: {error}")
+        except ShardError as error:
+            problems.append(str(error))
             continue
         shards.append(index)
         problems += [f"{path}: {p}" for p in index.problems]
+        crowded = _crowded(index, config.data.video_extensions)
+        if crowded:
+            problems.append(
+                f"{path}: {crowded} samples hold several videos and only the first is used: names "
+                "are split at their first dot"
+            )
     if not shards:
         raise UsageError(f"none of the shards can be read: {'; '.join(problems)}")
     seen: dict[str, str] = {}
@@ -178,6 +184,15 @@ def _index(config: RunConfig) -> tuple[list[ShardIndex], list[str]]:
     for problem in problems:
         logger.warning("%s", problem)
     return shards, problems
+
+
+def _crowded(index: ShardIndex, extensions: Sequence[str]) -> int:
+    """Samples with more than one video: `take.001.mp4` and `take.002.mp4` share a key."""
+    videos = (
+        sum(m.extension.rpartition(".")[2] in extensions for m in sample.members)
+        for sample in index.samples
+    )
+    return sum(count > 1 for count in videos)
 
 
 def _identify(
@@ -249,7 +264,7 @@ def _work(
 ) -> list[str]:
     """Run the tasks; returns those that were given up, in words."""
     for shard in {task.shard.shard_id: task.shard for task in tasks}.values():
-        expect_shard(cache, shard.shard_id)
+        expect_shard(cache, shard.shard_id, path=shard.path)
     total = sum(len(task.shard.samples) for task in tasks)
     bar = progress.start("extract", total, "clips")
     shown = 0

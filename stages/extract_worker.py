@@ -79,7 +79,7 @@ class PartResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Item:
+class _RowClip:
     """One row of a part with its clip; without one, why is in the row or it is a mismatch."""
 
     row: Row
@@ -166,7 +166,7 @@ class PartExtractor:
                 written.result()
             return attempt.commit()
 
-    def _drawn(self, task: PartTask) -> Iterator[_Item]:
+    def _drawn(self, task: PartTask) -> Iterator[_RowClip]:
         """All samples of the shard, each with a newly drawn view."""
         policy = self._config.view_policy
         wanted = (
@@ -175,9 +175,9 @@ class PartExtractor:
         )
         for sample, outcome in self._decode(wanted):
             clip = outcome if isinstance(outcome, Clip) else None
-            yield _Item(row=_row(sample, outcome), clip=clip)
+            yield _RowClip(row=_row(sample, outcome), clip=clip)
 
-    def _replayed(self, task: PartTask, stored: BaseRows) -> Iterator[_Item]:
+    def _replayed(self, task: PartTask, stored: BaseRows) -> Iterator[_RowClip]:
         """The good rows of the committed base, each with exactly its stored view."""
         good = {r.uid: r for r in stored.rows if r.status is RowStatus.OK}
         policy = self._config.view_policy
@@ -198,7 +198,7 @@ class PartExtractor:
         for sample, outcome in self._decode(wanted):
             row = good[sample.uid]
             same = isinstance(outcome, Clip) and outcome.crc32c == row.clip_crc32c
-            yield _Item(row=row, clip=outcome if same and isinstance(outcome, Clip) else None)
+            yield _RowClip(row=row, clip=outcome if same and isinstance(outcome, Clip) else None)
 
     def _samples(self, task: PartTask) -> Iterator[Sample]:
         return read_shard(
@@ -213,11 +213,11 @@ class PartExtractor:
         ahead = 2 * self._config.extract.batch_size
         return decode_samples(self._sandbox, wanted, in_flight=ahead)
 
-    def _batches(self, items: Iterable[_Item]) -> Iterator[list[_Item]]:
+    def _batches(self, rows: Iterable[_RowClip]) -> Iterator[list[_RowClip]]:
         """Consecutive items with up to `batch_size` clips among them."""
-        batch: list[_Item] = []
+        batch: list[_RowClip] = []
         clips = 0
-        for item in items:
+        for item in rows:
             batch.append(item)
             clips += item.clip is not None
             if clips >= self._config.extract.batch_size:
@@ -227,7 +227,7 @@ class PartExtractor:
             yield batch
 
     def _teach(
-        self, task: PartTask, batch: Sequence[_Item], units: np.ndarray | None
+        self, task: PartTask, batch: Sequence[_RowClip], units: np.ndarray | None
     ) -> Featurized | None:
         present = [i for i, item in enumerate(batch) if item.clip is not None]
         if not present:
@@ -247,7 +247,7 @@ class PartExtractor:
         self,
         task: PartTask,
         attempt: Attempt,
-        batch: Sequence[_Item],
+        batch: Sequence[_RowClip],
         out: Featurized | None,
         *,
         replay: bool,

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 from kdhiera.config import RunConfig
 from kdhiera.devices import resolve_device
-from kdhiera.errors import DamagedError, KdhieraError, StoppedError
+from kdhiera.errors import DamagedError, KdhieraError, StoppedError, UsageError
 from kdhiera.stages.extract_worker import PartExtractor, PartResult, PartTask
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def run_on_ray(
     started_here = not ray.is_initialized()
     if started_here:
         _connect(config)
+    _require_room(config)
     pool = _Pool(config, num_tasks=len(tasks), on_counts=on_counts)
     try:
         yield from pool.run(tasks, stop)
@@ -100,14 +102,53 @@ def _set_environment(config: RunConfig) -> None:
 
 
 def _connect(config: RunConfig) -> None:
-    """Join the cluster, or start Ray on this machine without a dashboard."""
+    """Join the cluster, or start Ray on this machine without a dashboard.
+
+    `ray.init` puts a SIGTERM handler of its own in place of ours: ours comes back.
+    """
     import ray
 
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "configure_logging": False}
-    if config.ray.address is not None:
-        ray.init(address=config.ray.address, **quiet)
-    else:
-        ray.init(include_dashboard=False, num_cpus=len(os.sched_getaffinity(0)), **quiet)
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)} if in_main else {}
+    try:
+        if config.ray.address is not None:
+            ray.init(address=config.ray.address, **quiet)
+        else:
+            cpus = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
+            ray.init(address="local", include_dashboard=False, num_cpus=cpus, **quiet)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise UsageError(
+            f"Ray at {config.ray.address or 'this machine'} cannot be reached ({reason}): correct "
+            "ray.address, export the cluster's RAY_AUTH_TOKEN (or RAY_AUTH_MODE=disabled where it "
+            "has none), or set ray.enabled=false"
+        ) from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _uses_gpu(config: RunConfig) -> bool:
+    return resolve_device(config.extract.device).type == "cuda"
+
+
+def _num_fitting(config: RunConfig) -> int:
+    """Actors that the cluster has room for."""
+    import ray
+
+    have = ray.cluster_resources()
+    by_cpu = int(have.get("CPU", 0) // config.extract.cpus_per_actor)
+    return min(by_cpu, int(have.get("GPU", 0))) if _uses_gpu(config) else by_cpu
+
+
+def _require_room(config: RunConfig) -> None:
+    if _num_fitting(config) < 1:
+        kind = " and a GPU" if _uses_gpu(config) else ""
+        raise UsageError(
+            f"no actor fits the Ray cluster: one needs {config.extract.cpus_per_actor} CPUs{kind}; "
+            "lower extract.cpus_per_actor, or correct extract.device"
+        )
 
 
 class _Actor:
@@ -154,13 +195,12 @@ class _Pool:
         self._ray = ray
         self._config = config
         self._on_counts = on_counts
-        uses_gpu = resolve_device(config.extract.device).type == "cuda"
-        cpus = config.extract.cpus_per_actor
-        have = ray.cluster_resources()
-        fitting = int(have.get("GPU", 0) if uses_gpu else have.get("CPU", 0) // cpus)
-        self._size = max(1, min(config.extract.num_actors or fitting, num_tasks))
+        fitting = _num_fitting(config)
+        self._size = min(config.extract.num_actors or fitting, fitting, num_tasks)
         self._actor_class = ray.remote(
-            num_cpus=cpus, num_gpus=1 if uses_gpu else 0, max_concurrency=3
+            num_cpus=config.extract.cpus_per_actor,
+            num_gpus=1 if _uses_gpu(config) else 0,
+            max_concurrency=3,
         )(_Actor)
         self._idle: list[Any] = []
         self._running: dict[Any, _Try] = {}
@@ -237,7 +277,8 @@ class _Pool:
 
 def _retryable(error: Exception) -> str:
     """One line of reason; an error that another try cannot mend is raised again."""
+    error = getattr(error, "cause", None) or error  # what a Ray worker raised, not its traceback
     if isinstance(error, KdhieraError) and not isinstance(error, DamagedError):
-        raise error
+        raise error from None
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1][:300]}"

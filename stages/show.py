@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from kdhiera.config import RunConfig
 from kdhiera.data.clip import Clip, ClipRequest
 from kdhiera.data.ordered import decode_samples
 from kdhiera.data.sandbox import Sandbox
-from kdhiera.data.shards import expand, index_shard, read_shard
+from kdhiera.data.shards import Sample, ShardIndex, expand, index_shard, read_sample
 from kdhiera.devices import resolve_device
 from kdhiera.errors import UsageError
 from kdhiera.featurize import Featurized
@@ -22,8 +24,7 @@ from kdhiera.masking import draw_mask, to_keep_mask
 from kdhiera.progress import Progress
 from kdhiera.report.pictures import ClipPicture, FeatureRow, show_clip
 from kdhiera.report.plots import save
-from kdhiera.stages.assemble import decode_limits, featurizer_of
-from kdhiera.student.export import load_exported
+from kdhiera.stages.assemble import decode_limits, exported_student, featurizer_of
 from kdhiera.student.hiera import Student
 
 logger = logging.getLogger(__name__)
@@ -48,10 +49,11 @@ def show(
     Raises:
         UsageError: If no clip of the shards decodes.
     """
+    figures = clip_figures(config, num_clips=num_clips, progress=progress)
     target = folder or Path(config.run_dir) / "pictures"
     target.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, figure in enumerate(clip_figures(config, num_clips=num_clips, progress=progress)):
+    for number, figure in enumerate(figures):
         path = target / f"clip-{number:02d}.png"
         save(figure, path)
         paths.append(path)
@@ -121,31 +123,34 @@ def _student(config: RunConfig, device: torch.device) -> Student | None:
     if not (folder / "model.safetensors").is_file():
         logger.info("no trained student in %s: pictures show the teachers only", folder)
         return None
-    return load_exported(folder).to(device)
+    return exported_student(config, folder).to(device)
 
 
 def _spread_clips(config: RunConfig, num_clips: int) -> list[tuple[str, Clip]]:
     """The first clip that decodes at each of `num_clips` places spread over the shards."""
     shards = [index_shard(path) for path in expand(config.data.shards)]
-    total = sum(len(shard.samples) for shard in shards)
-    starts = [i * total // num_clips for i in range(min(num_clips, total))]
+    places = [(shard, i) for shard in shards for i in range(len(shard.samples))]
+    starts = [i * len(places) // num_clips for i in range(min(num_clips, len(places)))]
     found: list[tuple[str, Clip]] = []
-    position = 0
     with Sandbox(decode_limits(config.decode), num_children=1) as sandbox:
-        for shard in shards:
-            for sample in read_shard(
-                shard,
-                video_extensions=config.data.video_extensions,
-                max_video_bytes=config.decode.max_video_bytes,
-            ):
-                due = len(found) < len(starts) and position >= starts[len(found)]
-                position += 1
-                if not due:
-                    continue
-                request = ClipRequest(uid=sample.uid, view=0, policy=config.view_policy)
-                for _, outcome in decode_samples(sandbox, [(sample, request)], in_flight=1):
-                    if isinstance(outcome, Clip):
-                        found.append((sample.uid, outcome))
+        for start, end in zip(starts, [*starts[1:], len(places)], strict=True):
+            wanted = _requests(config, places[start:end])
+            decoded = decode_samples(sandbox, wanted, in_flight=1)
+            clips = ((s.uid, o) for s, o in decoded if isinstance(o, Clip))
+            found += itertools.islice(clips, 1)
     if not found:
         raise UsageError("no clip of data.shards decodes: nothing to show")
     return found
+
+
+def _requests(
+    config: RunConfig, places: Iterable[tuple[ShardIndex, int]]
+) -> Iterator[tuple[Sample, ClipRequest]]:
+    for shard, ordinal in places:
+        sample = read_sample(
+            shard,
+            ordinal,
+            video_extensions=config.data.video_extensions,
+            max_video_bytes=config.decode.max_video_bytes,
+        )
+        yield sample, ClipRequest(uid=sample.uid, view=0, policy=config.view_policy)

@@ -15,7 +15,6 @@ from kdhiera.masking import (
     Strategy,
     draw_mask,
     num_visible,
-    positions_in,
     priorities,
     to_keep_mask,
 )
@@ -128,14 +127,6 @@ def test_priorities_keep_their_values() -> None:
     golden = [-1.3776512377269143, -1.7425212578467977, 0.4556364662429888, -0.49088926552064094]
     assert found.dtype == np.float64
     np.testing.assert_allclose(found[0], golden, rtol=0, atol=1e-12)
-
-
-def test_positions_are_found_among_kept_units_only() -> None:
-    kept = np.array([2, 5, 9, 11, -1, -1], np.int16)
-    assert positions_in(kept, [5, 11]).tolist() == [1, 3]
-    for absent in (0, 6, 12):
-        with pytest.raises(LookupError):
-            positions_in(kept, [2, absent])
 
 
 def plan(**changes: object) -> MaskPlan:

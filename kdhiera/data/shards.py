@@ -36,7 +36,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 _COMPRESSED_NAMES = (".tgz", ".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
-class ShardError(ValueError):
+class ShardError(UsageError):
     """A file that is no tar shard at all."""
 
 
@@ -139,7 +139,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
     """
     found: dict[str, str] = {}
     for pattern in patterns:
-        for path in _expand_braces(_local(pattern)):
+        for path in expand_braces(_local(pattern)):
             matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
             if not matches:
                 raise UsageError(
@@ -167,8 +167,8 @@ def _local(pattern: str) -> str:
     return pattern
 
 
-def _expand_braces(pattern: str) -> list[str]:
-    """Every word that the innermost braces stand for, and so on outwards."""
+def expand_braces(pattern: str) -> list[str]:
+    """Every path that a pattern's braces stand for; the files need not exist."""
     match = _BRACES.search(pattern)
     if match is None:
         return [pattern]
@@ -179,7 +179,7 @@ def _expand_braces(pattern: str) -> list[str]:
     else:
         words = match[1].split(",")
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [path for word in words for path in _expand_braces(head + word + tail)]
+    return [path for word in words for path in expand_braces(head + word + tail)]
 
 
 def index_shard(path: str) -> ShardIndex:
@@ -192,14 +192,18 @@ def index_shard(path: str) -> ShardIndex:
         The index of all that can be read; what cannot is among its problems.
 
     Raises:
-        ShardError: If the file is empty, compressed, or no tar archive.
-        OSError: If the file cannot be read.
+        ShardError: If the file cannot be read, is empty, compressed, or no tar archive.
     """
     from webdataset.tariterators import base_plus_ext  # imports torch: seconds
 
-    with open(path, "rb") as file:
-        num_bytes = os.fstat(file.fileno()).st_size
-        members, problems = _headers(file, num_bytes)
+    try:
+        with open(path, "rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            members, problems = _headers(file, num_bytes)
+    except ShardError as error:
+        raise ShardError(f"{shown(path)} {error}") from error
+    except OSError as error:
+        raise ShardError(f"{shown(path)} cannot be read: {error.strerror}") from error
     digest = hashlib.sha256()
     for info in members:
         digest.update(f"{info.name!r} {info.offset} {info.size} {info.chksum}\n".encode())
@@ -354,12 +358,6 @@ def read_sample(
     ref = index.samples[ordinal]
     with _open(index) as file:
         return _read(file, index, ref, video_extensions, label_extensions, max_video_bytes)
-
-
-def hash_shard(path: str) -> str:
-    """SHA-256 of a whole file, as hex digits: tells shards apart whose indices are equal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open(index: ShardIndex) -> BinaryIO:

@@ -126,7 +126,7 @@ def load_exported(folder: Path, *, q_pool: int | None = None) -> Student:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UsageError(
-                f"no {name} in {folder}: name a folder that `kdhiera export` wrote (it holds "
+                f"no {name} in {folder}: name the `export` folder of a run (it holds "
                 f"{CONFIG} and {WEIGHTS})"
             )
     try:

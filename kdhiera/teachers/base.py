@@ -91,5 +91,7 @@ def load_weights(path: str) -> dict[str, Tensor]:
             "a whole .safetensors file, or a .pth file that holds tensors only"
         ) from error
     for key in ("model", "state_dict"):
-        state = state.get(key, state)
+        state = state.get(key, state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UsageError(f"the teacher weights at {path} are no state dict of tensors")
     return dict(state)

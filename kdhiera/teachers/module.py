@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import sys
+from collections.abc import Iterator
 
 import torch
 
 from kdhiera.config import TeacherConfig
-from kdhiera.errors import UsageError
+from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.grid import Grid
 from kdhiera.teachers.base import Teacher
 
@@ -31,14 +35,34 @@ def build_module_teacher(
     if not found:
         raise UsageError(f"teacher factory {reference!r} must read package.module:function")
     try:
-        factory = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"teacher factory {reference!r} cannot be imported: {error}") from error
+        with _working_folder_on_path():
+            factory = getattr(importlib.import_module(module_name), function)
+    except Exception as error:  # a module of the user's may raise anything
+        raise UsageError(
+            f"teacher factory {reference!r} cannot be imported ({type(error).__name__}: {error}): "
+            "install its package, or put the module where you run"
+        ) from error
     options = dict(config.options)
     if config.weights is not None:
         options["weights"] = config.weights
     try:
         teacher: Teacher = factory(grid=grid, device=device, dtype=dtype, **options)
-    except TypeError as error:
-        raise UsageError(f"teacher factory {reference!r} refuses its options: {error}") from error
+    except KdhieraError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"teacher factory {reference!r} failed with its options "
+            f"({type(error).__name__}: {error}): correct `options` or the factory"
+        ) from error
     return teacher
+
+
+@contextlib.contextmanager
+def _working_folder_on_path() -> Iterator[None]:
+    """Let a module beside where the command runs be imported, as `python -m` does."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)

@@ -142,6 +142,8 @@ def build_timm_teacher(
     with torch.device("meta"):
         native = timm.create_model(name, pretrained=False, num_classes=0)
     _blocks(native)
+    if not hasattr(native, "patch_embed"):
+        raise UsageError(f"{name} is not a Vision Transformer: choose a timm ViT")
     patch = native.patch_embed.patch_size
     size = (grid.tokens[1] * patch[0], grid.tokens[2] * patch[1])
     state = load_weights(config.weights) if config.weights else _hub_state(name)

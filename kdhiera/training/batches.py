@@ -22,7 +22,6 @@ WINDOW_BLOCKS = 16  # runs of neighbours that are shuffled together
 
 
 @runtime_checkable
-@runtime_checkable
 class ClipSource(Protocol):
     """Where kept units come from: the cache, or teachers running live."""
 

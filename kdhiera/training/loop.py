@@ -282,6 +282,17 @@ def _num_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def check_resumable(run_dir: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse a run folder whose newest checkpoint belongs to another run.
+
+    Raises:
+        MismatchError: With the settings that differ.
+    """
+    state = checkpoint.load_latest(run_dir / CHECKPOINTS)
+    if state is not None:
+        _check_identity(identity, state["identity"], run_dir)
+
+
 def _check_identity(wanted: Mapping[str, Any], found: Mapping[str, Any], run_dir: Path) -> None:
     """Refuse to go on with another run's checkpoint."""
     lines = [

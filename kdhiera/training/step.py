@@ -194,7 +194,8 @@ def seeded(*parts: object, device: torch.device) -> Iterator[None]:
         seed = stable_key(*parts) % 2**63
         torch.default_generator.manual_seed(seed)
         if cuda:
-            torch.cuda.manual_seed(seed)
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 

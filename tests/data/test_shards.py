@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import tarfile
+from pathlib import Path
 
 import pytest
 import webdataset
@@ -17,12 +18,12 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 from kdhiera.data.shards import (
     ShardError,
     expand,
-    hash_shard,
     index_shard,
     read_sample,
     read_shard,
 )
 from kdhiera.errors import DamagedError, UsageError
+from kdhiera.storage import file_sha256
 from kdhiera.views import RowStatus
 
 FILES = [
@@ -311,8 +312,8 @@ def test_identity_is_that_of_the_index(shard, tmp_path):
     other = [("a/one.mp4", b"9" * 700), *FILES[1:]]
     same = shard(other)  # the index cannot tell: the hash of the file does
     assert same.shard_id == index.shard_id
-    assert hash_shard(same.path) != hash_shard(moved.path)
-    assert hash_shard(moved.path) == hashlib.sha256(tar(FILES)).hexdigest()
+    assert file_sha256(Path(same.path)) != file_sha256(Path(moved.path))
+    assert file_sha256(Path(moved.path)) == hashlib.sha256(tar(FILES)).hexdigest()
     assert shard(FILES[:-1]).shard_id != index.shard_id
     assert shard([("b/one.mp4", b"1" * 700), *FILES[1:]]).shard_id != index.shard_id
     strange = shard(FILES, "..  a b;$(x).tar")
