@@ -32,7 +32,7 @@ from kdhiera.config import RunConfig, dump
 from kdhiera.data.sandbox import Sandbox
 from kdhiera.data.shards import expand, expand_braces, index_shard
 from kdhiera.devices import resolve_device, resolve_precision
-from kdhiera.errors import MismatchError, UsageError
+from kdhiera.errors import UsageError
 from kdhiera.objective.targets import ChannelMoments, TargetSpec
 from kdhiera.progress import Progress, human_seconds
 from kdhiera.stages.assemble import decode_limits, featurizer_of
@@ -104,8 +104,7 @@ def distill(
 
     Raises:
         UsageError: If there is no cache, or a tap or layer does not exist.
-        MismatchError: If cache or run folder were made for another config, or the cache
-            does not cover the masks.
+        MismatchError: If cache or run folder were made for another config.
         StoppedError: After SIGTERM or SIGINT, with a checkpoint.
     """
     folder = Path(config.run_dir)
@@ -212,7 +211,6 @@ def _source(config: RunConfig) -> Iterator[Opened]:
             "objective.normalise=standardize needs the statistics of a cache: with "
             "cache.mode=live use layer_norm, l2 or none"
         )
-    _require_covered(config, config.mask_plan.lacks(config.mask_spec, draws=config.masks.draws))
     device = resolve_device(config.train.device)
     with Sandbox(
         decode_limits(config.decode),
@@ -259,12 +257,11 @@ def open_cache(config: RunConfig) -> Opened:
 
     Raises:
         UsageError: If there is no cache.
-        MismatchError: If it was made for another config, does not cover the masks, or lacks
+        MismatchError: If it was made for another config (its mask plan included), or lacks
             something that the run asks for.
     """
     cache = Cache.open(Path(config.cache.dir))
     cache.check(declared_base(config), declared_only=True)
-    _require_covered(config, cache.mask_plan.lacks(config.mask_spec, draws=config.masks.draws))
     columns = {
         (teacher, layer): column_id(teacher, layer, config.cache.encoding)
         for teacher, layers in config.objective_layers.items()
@@ -314,15 +311,6 @@ def student_of(
         {spec.name: _head(student, spec) for spec in specs}, seed=config.train.seed + 1
     )
     return student, heads, specs
-
-
-def _require_covered(config: RunConfig, gaps: Sequence[str]) -> None:
-    if gaps:
-        raise MismatchError(
-            f"the cache in {config.cache.dir} does not cover the masks of this run: "
-            f"{'; '.join(gaps)}. Choose masks that it covers, or plan them in `masks` and "
-            "extract into another cache.dir"
-        )
 
 
 def _targets(config: RunConfig, opened: Opened, depths: Sequence[int]) -> list[TargetSpec]:

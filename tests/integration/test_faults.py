@@ -174,11 +174,35 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(
 
 def test_masks_that_are_not_covered_are_refused_before_training(make_config: MakeConfig) -> None:
     assert kdhiera("extract-teachers", make_config("base")).returncode == 0
-    for change in ({"objective": {"strategy": "tube"}}, {"objective": {"ratio": 0.3}}):
+    for change, code, words in (
+        ({"objective": {"strategy": "tube"}}, 2, "strategy tube (planned: attention)"),
+        ({"objective": {"ratio": 0.3}}, 2, "ratio 0.3 (planned: 0.5 and above)"),
+        ({"masks": {"strategies": ["tube"]}, "objective": {"strategy": "tube"}}, 3, "cache has"),
+    ):
         done = kdhiera("distill", make_config("greedy", **change))
-        assert done.returncode == 3
-        assert "does not cover the masks" in done.stderr
-    assert not (make_config("greedy").parent / "run-greedy" / "checkpoints").exists()
+        assert done.returncode == code, done.stderr
+        assert words in done.stderr
+    assert not (make_config("greedy").parent / "run-greedy").exists()
+
+
+def test_training_uses_the_shards_that_the_config_names(
+    make_run: MakeRun, shards: list[Path], progress: Progress
+) -> None:
+    """Also when they are gone; a wrong shard that was dropped from the config is forgotten."""
+    from kdhiera.cache.expected import expect_shard, expected_shards
+
+    config = make_run("both")
+    extract(config, progress=progress)
+    cache = Cache.open(Path(config.cache.dir))
+    expect_shard(cache, "wrong-0123456789ab", path="/data/wrong.tar")
+    both = expected_shards(cache, [str(s) for s in shards])
+    assert len(both) == 2
+    assert expected_shards(cache, [str(shards[0].parent / "part-*.tar")]) == both
+    (one,) = expected_shards(cache, [str(shards[1])])
+    assert one.startswith("part-1-")
+    assert len(expected_shards(cache, ["/moved/elsewhere.tar"])) == 3
+    expect_shard(cache, "part-1-ba9876543210", path=str(shards[1]))  # the file was replaced
+    assert expected_shards(cache, [str(shards[1])]) == {"part-1-ba9876543210"}
 
 
 def test_an_interrupted_extraction_leaves_training_refusing(
@@ -190,7 +214,10 @@ def test_an_interrupted_extraction_leaves_training_refusing(
 
     config = make_run("partial")
     extract(config, progress=progress)
-    expect_shard(Cache.open(Path(config.cache.dir)), "never-0123456789ab")
+    (known, _) = config.data.shards
+    never = Path(known).with_name("never.tar")
+    expect_shard(Cache.open(Path(config.cache.dir)), "never-0123456789ab", path=str(never))
+    config = make_run("partial", data={"shards": [*config.data.shards, str(never)]})
     with pytest.raises(MismatchError, match="never-0123456789ab"):
         distill(config, progress=progress)
 
