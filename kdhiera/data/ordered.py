@@ -22,15 +22,20 @@ def decode_samples(
         in_flight: Clips ahead, at least 1.
     """
     ahead: deque[tuple[Sample, Future[Clip | DecodeFailure]]] = deque()
-    for sample, request in wanted:
-        if sample.video is None:
-            outcome: Future[Clip | DecodeFailure] = Future()
-            outcome.set_result(DecodeFailure(status=sample.status, message=sample.message))
-        else:
-            outcome = sandbox.submit(sample.video, request)
-        ahead.append((sample, outcome))
-        if len(ahead) >= in_flight:
+    try:
+        for sample, request in wanted:
+            if sample.video is None:
+                outcome: Future[Clip | DecodeFailure] = Future()
+                outcome.set_result(DecodeFailure(status=sample.status, message=sample.message))
+            else:
+                outcome = sandbox.submit(sample.video, request)
+            ahead.append((sample, outcome))
+            if len(ahead) >= in_flight:
+                first, result = ahead.popleft()
+                yield first, result.result()
+        while ahead:
             first, result = ahead.popleft()
             yield first, result.result()
-    for first, result in ahead:
-        yield first, result.result()
+    finally:
+        for _, result in ahead:
+            result.cancel()

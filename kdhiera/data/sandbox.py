@@ -21,8 +21,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -115,30 +113,6 @@ class Sandbox:
                 raise RuntimeError("the sandbox is closed")
             self._jobs.put(_Job(data=data, request=request, future=future))
         return future
-
-    def decode_all(
-        self, items: Iterable[tuple[bytes, ClipRequest]], *, in_flight: int
-    ) -> Iterator[Clip | DecodeFailure]:
-        """Decode many clips, in order.
-
-        Args:
-            items: Videos and requests, taken only as fast as clips are taken.
-            in_flight: Clips that are queued, decoding or waiting to be taken, at least 1.
-
-        Yields:
-            A clip, or why there is none, for every item.
-        """
-        waiting: deque[Future[Clip | DecodeFailure]] = deque()
-        try:
-            for data, request in items:
-                waiting.append(self.submit(data, request))
-                if len(waiting) >= in_flight:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
     def close(self) -> None:
         """Kill all children, cancel what is unfinished, and wait for the threads."""

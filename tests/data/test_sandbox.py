@@ -16,7 +16,9 @@ import pytest
 
 from kdhiera.data.clip import Clip, DecodeFailure
 from kdhiera.data.decode import decode_clip
+from kdhiera.data.ordered import decode_samples
 from kdhiera.data.sandbox import Sandbox
+from kdhiera.data.shards import Sample
 from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.views import RowStatus
 
@@ -208,6 +210,20 @@ def test_children_are_recycled(limits, request_clip):
     assert [len(list(group)) for _, group in itertools.groupby(seen)] == [2, 2, 1]
 
 
+def sample(video):
+    return Sample(
+        key="a",
+        ordinal=0,
+        uid="s/0/a",
+        offset=0,
+        num_bytes=len(video),
+        video=video,
+        labels={},
+        status=RowStatus.OK,
+        message="",
+    )
+
+
 def test_order_is_kept_and_little_is_taken_in_advance(limits, request_clip):
     taken = 0
 
@@ -215,10 +231,10 @@ def test_order_is_kept_and_little_is_taken_in_advance(limits, request_clip):
         nonlocal taken
         for view in range(30):
             taken += 1
-            yield VIDEO if view % 7 else b"no video", request_clip(view)
+            yield sample(VIDEO if view % 7 else b"no video"), request_clip(view)
 
     with Sandbox(limits(), num_children=2) as sandbox:
-        for view, outcome in enumerate(sandbox.decode_all(items(), in_flight=4)):
+        for view, (_, outcome) in enumerate(decode_samples(sandbox, items(), in_flight=4)):
             assert taken <= view + 4
             if view % 7:
                 assert outcome.view == decode_clip(VIDEO, request_clip(view), limits()).view
@@ -230,12 +246,8 @@ def test_nothing_leaks(limits, request_clip):
     files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     shared = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
     with Sandbox(limits(clips_per_child=10), num_children=2) as sandbox:
-        outcomes = list(
-            sandbox.decode_all(
-                ((VIDEO if view % 5 else b"junk", request_clip(view)) for view in range(60)),
-                in_flight=5,
-            )
-        )
+        wanted = ((sample(VIDEO if v % 5 else b"junk"), request_clip(v)) for v in range(60))
+        outcomes = [outcome for _, outcome in decode_samples(sandbox, wanted, in_flight=5)]
         assert sum(map(is_right, outcomes)) == 48
         assert len(children()) <= 2
     assert not children()
