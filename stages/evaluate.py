@@ -192,10 +192,10 @@ def _models(config: RunConfig, export: Path) -> dict[str, Model]:
 def _student_model(student: Student, device: torch.device) -> Model:
     @torch.inference_mode()
     def run(clips: UInt8[np.ndarray, "b f y x 3"]) -> Features:
-        batch = torch.from_numpy(clips).to(device)
+        tokens = student.dense(torch.from_numpy(clips).to(device))
         return {
-            "mean": student.features(batch, pool="mean").float().cpu().numpy(),
-            "slots": student.features(batch, pool="slots").float().cpu().numpy(),
+            "mean": student.pool(tokens, "mean").float().cpu().numpy(),
+            "slots": student.pool(tokens, "slots").float().cpu().numpy(),
         }
 
     return run

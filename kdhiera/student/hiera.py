@@ -232,14 +232,22 @@ class Student(nn.Module):
         Returns:
             Width `num_features` for `mean`, `slots` times that for `slots`.
         """
+        return self.pool(self.dense(clips), pool)
+
+    def dense(self, clips: UInt8[Tensor, "b f y x 3"]) -> Float[Tensor, "b t h w c"]:
+        """Tokens of whole clips after the last block, on their grid."""
         backbone = self.backbone
         tokens = backbone.patch_embed(rearrange(self._normalise(clips), "b f y x c -> b c f y x"))
         tokens = backbone.unroll(backbone._pos_embed(tokens))
         for block in backbone.blocks:
             tokens = block(tokens)
-        grid_tokens = backbone.reroll(tokens, len(backbone.blocks) - 1)
+        rolled: Tensor = backbone.reroll(tokens, len(backbone.blocks) - 1)
+        return rolled
+
+    def pool(self, tokens: Float[Tensor, "b t h w c"], pool: Pool) -> Float[Tensor, "b d"]:
+        """Pool what `dense` gives; see `features`."""
         axes = (1, 2, 3) if pool == "mean" else (2, 3)
-        pooled: Tensor = backbone.head.norm(grid_tokens.mean(axes))
+        pooled: Tensor = self.backbone.head.norm(tokens.mean(axes))
         return pooled.flatten(1)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
