@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,7 +182,7 @@ def test_a_record_under_another_identity_is_refused(tmp_path: Path):
 
 def test_plan_of_an_opened_cache_names_what_it_does_not_cover(tmp_path: Path):
     make_cache(tmp_path)
-    spec = config(objective__strategy="tube", objective__ratio=0.4).mask_spec
+    spec = replace(config().mask_spec, strategy=Strategy.TUBE, ratio=0.4)
     gaps = Cache.open(tmp_path).mask_plan.lacks(spec, draws=3)
     assert len(gaps) == 3
     assert Strategy.TUBE in gaps[0]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_run import GRID, MemorySource
 
 from kdhiera.errors import UsageError
-from kdhiera.masking import MaskSpec, Scope, Strategy, draw_mask, positions_in
+from kdhiera.masking import MaskSpec, Scope, Strategy, draw_mask
 from kdhiera.training.batches import (
     Batch,
     Prefetcher,
@@ -117,7 +117,7 @@ def test_a_batch_holds_what_its_masks_show(source: MemorySource) -> None:
         uid = f"clip-{sample}"
         shown = draw_mask(SPEC, source.scores[1, sample], uid=uid, view=1, draw=1)
         assert batch.units[row].tolist() == shown.tolist()
-        at = positions_in(rows.units[row], shown)
+        at = [rows.units[row].tolist().index(unit) for unit in shown]
         cubes = GRID.frames_to_units(source.clips[1, sample][None])[0]
         assert np.array_equal(batch.pixels[row].numpy(), cubes[shown])
         assert np.array_equal(batch.pixels[row].numpy(), rows.pixels[row][at])
