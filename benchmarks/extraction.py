@@ -61,7 +61,7 @@ def _measure(config: RunConfig) -> None:
     resolved = {
         name: t.model_copy(
             update={
-                "precision": (cache.column_identity(f"{name}.{t.layers[0]}.int8") or {})[
+                "precision": (cache.columns.identity(f"{name}.{t.layers[0]}.int8") or {})[
                     "precision"
                 ]
             }

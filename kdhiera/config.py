@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from kdhiera.errors import UsageError
 from kdhiera.grid import Grid
-from kdhiera.masking import MaskPlan, MaskSpec, Scope, Strategy
+from kdhiera.masking import MaskPlan, MaskSpec, PlannedMasks, Scope, Strategy
 from kdhiera.views import CropPolicy, FramePolicy, ViewPolicy
 
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -174,38 +174,81 @@ class ScoresConfig(Section):
     source: Literal["cls_attention", "uniform"] = "cls_attention"
 
 
+class PlannedMasksConfig(Section):
+    """Masks of one strategy that training may use.
+
+    Attributes:
+        strategy: Which units are preferred.
+        ratio: Lowest mask ratio; None takes `masks.ratio`.
+        draws: Masks a view; None takes `masks.draws`.
+    """
+
+    strategy: Strategy
+    ratio: Ratio | None = None
+    draws: int | None = Field(None, ge=1, le=1000)
+
+
 class MaskPlanConfig(Section):
     """What training may show: the cache keeps the union of it.
 
     Attributes:
         keep: `plan` keeps what the strategies can show; `all` keeps every unit.
-        strategies: Strategies that training may use.
-        ratio: Lowest mask ratio that training may use.
-        draws: Masks a view.
+        strategies: Strategies that training may use: names, or mappings such as
+            `{strategy: tube, ratio: 0.9, draws: 1}`.
+        ratio: Lowest mask ratio that training may use, where a strategy names none.
+        draws: Masks a view, where a strategy names none.
         scope: `slot` shows the same number of units in every slot; `clip` does not.
         seed: Mask seed.
     """
 
     keep: Literal["plan", "all"] = "plan"
-    strategies: tuple[Strategy, ...] = Field((Strategy.ATTENTION,), min_length=1)
+    strategies: tuple[PlannedMasksConfig, ...] = Field(
+        (PlannedMasksConfig(strategy=Strategy.ATTENTION),), min_length=1
+    )
     ratio: Ratio = 0.8
     draws: int = Field(2, ge=1, le=1000)
     scope: Scope = Scope.SLOT
     seed: int = 0
+
+    @field_validator("strategies", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        entries = [value] if isinstance(value, str | dict) else value
+        if not isinstance(entries, list | tuple):
+            return value
+        return tuple({"strategy": e} if isinstance(e, str) else e for e in entries)
+
+    @property
+    def plan(self) -> MaskPlan:
+        """What is kept, entries that another one contains left out."""
+        entries = tuple(
+            PlannedMasks(
+                strategy=e.strategy,
+                ratio=self.ratio if e.ratio is None else e.ratio,
+                draws=self.draws if e.draws is None else e.draws,
+            )
+            for e in self.strategies
+        )
+        return MaskPlan(
+            entries=entries, scope=self.scope, seed=self.seed, keep_all=self.keep == "all"
+        ).canonical()
 
 
 class CacheConfig(Section):
     """The teacher cache.
 
     Attributes:
-        dir: Folder of the cache.
-        encoding: How features are stored: `fp32`, or `int8` with a scale a token.
+        dir: Folder of the cache, or `s3://bucket/prefix`.
+        encoding: How features are stored; see `docs/encodings.md`.
+        compact_error: Share of the features' centred variance that `compact` may lose on the
+            clips that its basis is made from.
         mode: `cached` trains from the cache, `live` runs decoder and teachers in the loop.
         allow_partial: Train although some shards, views or columns are not there yet.
     """
 
     dir: str
-    encoding: Literal["fp32", "int8"] = "int8"
+    encoding: Literal["fp32", "fp16", "bf16", "int8", "compact"] = "int8"
+    compact_error: float = Field(0.015, gt=0, le=0.5)
     mode: Literal["cached", "live"] = "cached"
     allow_partial: bool = False
 
@@ -221,6 +264,9 @@ class ExtractConfig(Section):
         max_attempts: Tries at a shard before it is given up.
         stall_seconds: An actor silent for longer is killed and replaced.
         lease_seconds: An attempt older than this may not publish any more.
+        calibration_rows: Clips that the basis of a `compact` column is made from.
+        probe_rows: Stored rows that are made again and compared before going on under other
+            library versions; 0 goes on without.
     """
 
     device: str = "auto"
@@ -230,6 +276,8 @@ class ExtractConfig(Section):
     max_attempts: int = Field(3, ge=1)
     stall_seconds: float = Field(600.0, gt=0)
     lease_seconds: float = Field(24 * 3600.0, gt=0)
+    calibration_rows: int = Field(64, ge=1)
+    probe_rows: int = Field(4, ge=0)
 
 
 class RayConfig(Section):
@@ -269,7 +317,8 @@ class ObjectiveConfig(Section):
         loss: `smooth_l1`, `mse` or `cosine`.
         beta: Where smooth L1 turns linear.
         strategy: Mask strategy; must be planned in the cache.
-        ratio: Mask ratio; None takes the plan's.
+        ratio: Mask ratio; None takes what `masks` plans for the strategy.
+        draws: Masks a view; None takes what `masks` plans for the strategy.
     """
 
     teachers: tuple[str, ...] | None = None
@@ -279,6 +328,7 @@ class ObjectiveConfig(Section):
     beta: float = Field(1.0, gt=0)
     strategy: Strategy = Strategy.ATTENTION
     ratio: Ratio | None = None
+    draws: int | None = Field(None, ge=1, le=1000)
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -411,12 +461,6 @@ class RunConfig(Section):
                 )
         if not any(self.objective_layers.values()) or not all(self.objective_layers.values()):
             raise ValueError("objective.teachers and objective.layers leave a teacher no layer")
-        gaps = self.mask_plan.lacks(self.mask_spec, draws=self.masks.draws)
-        if gaps:
-            raise ValueError(
-                f"objective asks for masks that `masks` does not plan: {'; '.join(gaps)}; plan "
-                "them in `masks`, or choose others in `objective`"
-            )
         for name, layers in self.objective_layers.items():
             missing = set(layers) - set(self.teachers[name].layers)
             if missing:
@@ -447,26 +491,36 @@ class RunConfig(Section):
     @property
     def mask_plan(self) -> MaskPlan:
         """What the cache keeps."""
-        m = self.masks
-        return MaskPlan(
-            strategies=m.strategies,
-            scope=m.scope,
-            ratio=m.ratio,
-            draws=m.draws,
-            seed=m.seed,
-            keep_all=m.keep == "all",
-        )
+        return self.masks.plan
 
     @property
     def mask_spec(self) -> MaskSpec:
         """What training draws."""
-        ratio = self.masks.ratio if self.objective.ratio is None else self.objective.ratio
+        ratio = self._planned.ratio if self.objective.ratio is None else self.objective.ratio
         return MaskSpec(
             strategy=self.objective.strategy,
             scope=self.masks.scope,
             ratio=ratio,
             seed=self.masks.seed,
         )
+
+    @property
+    def num_draws(self) -> int:
+        """Masks of a view that training draws in turn."""
+        return self.objective.draws or self._planned.draws
+
+    def plan_gaps(self) -> tuple[str, ...]:
+        """What the objective asks for that `masks` does not plan to keep."""
+        per_slot = self.clip.grid.units_per_slot
+        return self.mask_plan.lacks(self.mask_spec, draws=self.num_draws, units_per_slot=per_slot)
+
+    @property
+    def _planned(self) -> PlannedMasks:
+        """What `masks` plans for the objective's strategy; its own defaults if nothing."""
+        m, strategy = self.masks, self.objective.strategy
+        planned = [e for e in self.mask_plan.entries if e.strategy is strategy]
+        default = PlannedMasks(strategy=strategy, ratio=m.ratio, draws=m.draws)
+        return min(planned, key=lambda e: e.ratio) if planned else default
 
     @property
     def objective_layers(self) -> dict[str, tuple[str, ...]]:

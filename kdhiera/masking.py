@@ -23,7 +23,7 @@ libraries already disagrees once in about two million slots.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -142,74 +142,150 @@ def draw_mask(
     return visible_units(priority, ratio=spec.ratio, scope=spec.scope)
 
 
+@dataclass(frozen=True, kw_only=True, order=True)
+class PlannedMasks:
+    """Masks of one strategy that training may use.
+
+    Args:
+        strategy: Which units are preferred.
+        ratio: The lowest mask ratio; higher ones show subsets.
+        draws: Draws 0 .. draws-1.
+    """
+
+    strategy: Strategy
+    ratio: float
+    draws: int
+
+    @property
+    def num_masks(self) -> int:
+        """Different masks a clip: one where there is no noise."""
+        return 1 if self.strategy is Strategy.ATTENTION_TOPK else self.draws
+
+    def __str__(self) -> str:
+        draws = f"{self.num_masks} draw{'s' if self.num_masks > 1 else ''}"
+        return f"{self.strategy} at ratio {self.ratio:g} and above, {draws}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class MaskPlan:
     """What training may ever show, and so what a cache must keep.
 
     Args:
-        strategies: Strategies that may be used.
+        entries: Masks that may be used.
         scope: Scope of all of them.
-        ratio: The lowest mask ratio that may be used; higher ones show subsets.
-        draws: Draws 0 .. draws-1 may be used.
         seed: Mask seed.
-        keep_all: Keep every unit whatever the strategies say.
+        keep_all: Keep every unit whatever the entries say.
     """
 
-    strategies: tuple[Strategy, ...]
+    entries: tuple[PlannedMasks, ...]
     scope: Scope
-    ratio: float
-    draws: int
     seed: int
     keep_all: bool
+
+    def canonical(self) -> MaskPlan:
+        """The same plan without entries that another one contains, sorted."""
+        entries = tuple(
+            entry
+            for entry in sorted(set(self.entries))
+            if not any(other != entry and _contains(other, entry) for other in self.entries)
+        )
+        return replace(self, entries=entries)
 
     def max_kept(self, slots: int, units_per_slot: int) -> int:
         """Bound on the kept units of a row, `K`."""
         everything = slots * units_per_slot
         if self.keep_all:
             return everything
-        shown = slots * num_visible(self.ratio, units_per_slot)
-        masks = sum(1 if s is Strategy.ATTENTION_TOPK else self.draws for s in self.strategies)
-        return min(everything, masks * shown)
+        shown = (e.num_masks * num_visible(e.ratio, units_per_slot) for e in self.entries)
+        return min(everything, slots * sum(shown))
 
     def kept_units(
         self, scores: Float[np.ndarray, "slots units"], *, uid: str, view: int
     ) -> Int[np.ndarray, " kept"]:
-        """Union over strategies and draws of the units that some mask shows, ascending."""
+        """Union over entries and draws of the units that some mask shows, ascending."""
         slots, units = scores.shape
         if self.keep_all:
             return np.arange(slots * units)
-        specs = (
-            MaskSpec(strategy=s, scope=self.scope, ratio=self.ratio, seed=self.seed)
-            for s in self.strategies
-        )
         shown = [
-            draw_mask(spec, scores, uid=uid, view=view, draw=draw)
-            for spec in specs
-            for draw in range(1 if spec.strategy is Strategy.ATTENTION_TOPK else self.draws)
+            draw_mask(
+                MaskSpec(
+                    strategy=entry.strategy, scope=self.scope, ratio=entry.ratio, seed=self.seed
+                ),
+                scores,
+                uid=uid,
+                view=view,
+                draw=draw,
+            )
+            for entry in self.entries
+            for draw in range(entry.num_masks)
         ]
         return np.unique(np.concatenate(shown))
 
-    def lacks(self, spec: MaskSpec, *, draws: int) -> tuple[str, ...]:
+    def lacks(self, spec: MaskSpec, *, draws: int, units_per_slot: int) -> tuple[str, ...]:
         """What a run asks for that this plan does not cover; empty if it is covered.
+
+        Exact in the number of units shown, not in the ratio's digits: 0.795 and 0.8 of 49
+        units are the same masks. Two strategies that happen to agree count as different.
 
         Args:
             spec: The run's masks.
             draws: Draws 0 .. draws-1 are used.
+            units_per_slot: Units of a slot of the clip.
         """
         if self.keep_all:
             return ()
+        noisy = spec.strategy is not Strategy.ATTENTION_TOPK
         gaps: list[str] = []
-        if spec.strategy not in self.strategies:
-            gaps.append(f"strategy {spec.strategy} (planned: {', '.join(self.strategies)})")
         if spec.scope is not self.scope:
             gaps.append(f"scope {spec.scope} (planned: {self.scope})")
-        if spec.ratio < self.ratio - 1e-9:
-            gaps.append(f"ratio {spec.ratio:g} (planned: {self.ratio:g} and above)")
-        if spec.seed != self.seed:
+        if noisy and spec.seed != self.seed:
             gaps.append(f"mask seed {spec.seed} (planned: {self.seed})")
-        if draws > self.draws:
-            gaps.append(f"{draws} draws (planned: {self.draws})")
+        same = [entry for entry in self.entries if entry.strategy is spec.strategy]
+        if not same:
+            planned = ", ".join(sorted({entry.strategy for entry in self.entries}))
+            return (*gaps, f"strategy {spec.strategy} (planned: {planned})")
+        wanted = num_visible(spec.ratio, units_per_slot)
+        needed = draws if noisy else 1
+        wide = [e for e in same if num_visible(e.ratio, units_per_slot) >= wanted]
+        if not any(entry.num_masks >= needed for entry in wide):
+            planned = "; ".join(str(entry) for entry in same)
+            asked = f"{draws} draw{'s' if draws > 1 else ''}"
+            gaps.append(f"{spec.strategy} at ratio {spec.ratio:g}, {asked} (planned: {planned})")
         return tuple(gaps)
+
+    def lacks_plan(self, other: MaskPlan, *, units_per_slot: int) -> tuple[str, ...]:
+        """What another plan may show that this one does not keep; empty if all is kept.
+
+        Args:
+            other: A plan.
+            units_per_slot: Units of a slot of the clip.
+        """
+        if self.keep_all:
+            return ()
+        if other.keep_all:
+            return ("every unit (masks.keep: all)",)
+        specs = (
+            (MaskSpec(strategy=e.strategy, scope=other.scope, ratio=e.ratio, seed=other.seed), e)
+            for e in other.entries
+        )
+        gaps = (
+            gap
+            for spec, entry in specs
+            for gap in self.lacks(spec, draws=entry.draws, units_per_slot=units_per_slot)
+        )
+        return tuple(dict.fromkeys(gaps))
+
+    def describe(self) -> str:
+        """For people."""
+        if self.keep_all:
+            return "every unit (any strategy, ratio and draw)"
+        entries = "; ".join(str(entry) for entry in self.entries)
+        return f"{entries} (by {self.scope}, mask seed {self.seed})"
+
+
+def _contains(a: PlannedMasks, b: PlannedMasks) -> bool:
+    same = a.strategy is b.strategy
+    return same and a.ratio <= b.ratio and a.num_masks >= b.num_masks
 
 
 def to_keep_mask(

@@ -134,7 +134,7 @@ def _cache_facts(config: RunConfig, extracted: ExtractSummary) -> CacheFacts:
         num_bytes=extracted.num_bytes,
         dense_bytes=extracted.dense_bytes,
         columns=extracted.columns,
-        seconds=extracted.seconds if extracted.parts_missing else None,
+        seconds=extracted.seconds if extracted.plan.parts else None,
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +12,13 @@ import torch
 
 from kdhiera import __version__
 from kdhiera.cache.layout import column_id
-from kdhiera.cache.records import SourceInfo
+from kdhiera.cache.records import SourceInfo, Versions
 from kdhiera.config import DecodeConfig, RunConfig
 from kdhiera.data.clip import DecodeLimits
 from kdhiera.data.shards import ShardIndex
 from kdhiera.errors import MismatchError
 from kdhiera.featurize import Featurizer
+from kdhiera.masking import MaskPlan
 from kdhiera.storage import file_sha256
 from kdhiera.student.export import load_exported
 from kdhiera.student.hiera import Student, build
@@ -48,15 +49,18 @@ def columns_of(config: RunConfig) -> dict[str, tuple[str, str]]:
     }
 
 
-def featurizer_of(config: RunConfig, *, device: torch.device, keep_all: bool = False) -> Featurizer:
+def featurizer_of(
+    config: RunConfig, *, device: torch.device, plan: MaskPlan | None = None, keep_all: bool = False
+) -> Featurizer:
     """The run's teachers, scores and mask plan on a device.
 
     Args:
         config: The run.
         device: Where the teachers run.
+        plan: Which units are kept; None takes the config's plan.
         keep_all: Keep every unit, whatever the plan says.
     """
-    plan = config.mask_plan
+    plan = plan or config.mask_plan
     return Featurizer(
         grid=config.clip.grid,
         plan=replace(plan, keep_all=True) if keep_all else plan,
@@ -99,12 +103,22 @@ def source_of(shard: ShardIndex) -> SourceInfo:
     )
 
 
-def provenance() -> dict[str, object]:
-    """Versions of what made a part; recorded beside it, never part of an identity."""
-    versions = {"kdhiera": __version__, "python": platform.python_version()}
+def versions() -> Versions:
+    """Versions of what can change the bytes of a part, as (package, version), sorted."""
+    found = {"kdhiera": __version__}
     for package in VERSIONED:
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"versions": versions, "machine": platform.machine(), "process": os.getpid()}
+    return tuple(sorted(found.items()))
+
+
+def provenance() -> dict[str, object]:
+    """What made a part; recorded beside it, never part of an identity."""
+    return {
+        "versions": dict(versions()),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "time": time.time(),
+    }

@@ -7,7 +7,6 @@ the columns are, and the config is compared with them.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,12 +21,13 @@ from jaxtyping import Int
 from torch import nn
 
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.encoding import ENCODINGS
+from kdhiera.cache.encoding import Codec, make_codec
 from kdhiera.cache.expected import expected_shards
 from kdhiera.cache.fingerprint import declared_base, declared_column, fingerprint
 from kdhiera.cache.layout import column_id
 from kdhiera.cache.reader import CacheReader
 from kdhiera.cache.rows import KeptRows
+from kdhiera.cache.snapshot import SNAPSHOT_FILE, Snapshot, load_snapshot, save_snapshot
 from kdhiera.config import RunConfig, dump
 from kdhiera.data.sandbox import Sandbox
 from kdhiera.data.shards import expand, expand_braces, index_shard
@@ -42,7 +42,7 @@ from kdhiera.student.heads import HeadSpec, build_heads
 from kdhiera.student.hiera import Student, build, default_taps, depths_of
 from kdhiera.training.batches import ClipSource
 from kdhiera.training.live import LIVE_ENCODING, LiveSource
-from kdhiera.training.loop import TrainSummary, check_resumable, num_steps, train
+from kdhiera.training.loop import CHECKPOINTS, TrainSummary, check_resumable, num_steps, train
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def distill(
     folder = Path(config.run_dir)
     if resume and not (folder / "checkpoints").is_dir():
         raise UsageError(f"--resume: there is no checkpoint in {folder}")
-    with _source(config) as opened:
+    with _source(config, None if overwrite else _begun_with(folder)) as opened:
         student, heads, specs = student_of(config, opened)
         num_steps(config.train, opened.source.num_samples)
         resolve_precision(config.train.precision, resolve_device(config.train.device))
@@ -119,6 +119,8 @@ def distill(
             if overwrite:
                 _clear(folder)
             check_resumable(folder, identity)
+            if opened.commits is not None:
+                save_snapshot(folder, opened.commits)
             write_atomic(folder / "config.yaml", dump(config).encode())
             summary = _train(config, opened, student, heads, specs, identity, progress)
             export(
@@ -153,7 +155,7 @@ def _train(
         source=opened.source,
         masks=config.mask_spec,
         num_views=config.views.num,
-        num_draws=config.masks.draws,
+        num_draws=config.num_draws,
         objective=config.objective,
         config=config.train,
         run_dir=Path(config.run_dir),
@@ -170,17 +172,21 @@ class Opened:
     Args:
         source: Where kept units are read.
         coverage: What it holds, in words.
-        snapshot: Hash of what was committed when it was opened, or of what a live run reads.
+        snapshot: Hash of `commits`, or of what a live run reads.
+        commits: What it reads of a cache; None for live teachers.
         encoding: Of its columns.
         widths: Channels by (teacher, layer).
+        codecs: How features are stored, by (teacher, layer), on the training device.
         moments: Channel statistics by (teacher, layer), where they are asked for.
     """
 
     source: ClipSource
     coverage: str
     snapshot: str
+    commits: Snapshot | None
     encoding: str
     widths: Mapping[tuple[str, str], int]
+    codecs: Mapping[tuple[str, str], Codec]
     moments: Mapping[tuple[str, str], ChannelMoments]
 
 
@@ -201,9 +207,9 @@ class _Cached:
 
 
 @contextlib.contextmanager
-def _source(config: RunConfig) -> Iterator[Opened]:
+def _source(config: RunConfig, snapshot: Snapshot | None) -> Iterator[Opened]:
     if config.cache.mode == "cached":
-        yield open_cache(config)
+        yield open_cache(config, snapshot=snapshot)
         return
     layers = config.objective_layers
     if config.objective.normalise == "standardize":
@@ -246,52 +252,68 @@ def _source(config: RunConfig) -> Iterator[Opened]:
                     "shards": sorted(shard.shard_id for shard in shards),
                 }
             ),
+            commits=None,
             encoding=LIVE_ENCODING,
             widths=source.widths,
+            codecs={k: make_codec(LIVE_ENCODING, width=w) for k, w in source.widths.items()},
             moments={},
         )
 
 
-def open_cache(config: RunConfig) -> Opened:
+def _begun_with(folder: Path) -> Snapshot | None:
+    """What the run in a folder reads of its cache, if it has come to a checkpoint."""
+    return load_snapshot(folder) if any((folder / CHECKPOINTS).glob("step-*.pt")) else None
+
+
+def open_cache(config: RunConfig, *, snapshot: Snapshot | None = None) -> Opened:
     """The cache as a source of clips, checked against the config as far as that goes.
+
+    Args:
+        config: The run.
+        snapshot: What a run that goes on began with; None takes what is committed now.
 
     Raises:
         UsageError: If there is no cache.
         MismatchError: If it was made for another config (its mask plan included), or lacks
-            something that the run asks for.
+            something that the run asks for or began with.
     """
-    cache = Cache.open(Path(config.cache.dir))
+    device = resolve_device(config.train.device)
+    cache = Cache.open(config.cache.dir)
     cache.check(declared_base(config), declared_only=True)
+    cache.check_masks(config.mask_spec, draws=config.num_draws)
     columns = {
         (teacher, layer): column_id(teacher, layer, config.cache.encoding)
         for teacher, layers in config.objective_layers.items()
         for layer in layers
     }
     for (teacher, layer), column in columns.items():
-        cache.check_column(column, declared_column(config, teacher, layer), declared_only=True)
+        cache.columns.check(column, declared_column(config, teacher, layer), declared_only=True)
     reader = CacheReader(
         cache,
         num_views=config.views.num,
         columns=tuple(columns.values()),
         shards=expected_shards(cache, [p for s in config.data.shards for p in expand_braces(s)]),
         allow_partial=config.cache.allow_partial,
+        snapshot=snapshot,
     )
     logger.info("%s", reader.coverage.describe())
     moments = {}
     if config.objective.normalise == "standardize":
-        device = resolve_device(config.train.device)
         for key, column in columns.items():
             found = reader.statistics(column)
             moments[key] = ChannelMoments(
-                mean=torch.tensor(found.mean, dtype=torch.float32, device=device),
-                std=torch.tensor(found.std, dtype=torch.float32, device=device),
+                mean=torch.tensor(found.mean, device=device),
+                std=torch.tensor(found.std, device=device),
+                count=found.count,
             )
     return Opened(
         source=_Cached(reader=reader),
         coverage=reader.coverage.describe(),
         snapshot=reader.snapshot_sha256,
+        commits=reader.snapshot,
         encoding=config.cache.encoding,
         widths={key: reader.width(column) for key, column in columns.items()},
+        codecs={key: reader.codec(column).to(device) for key, column in columns.items()},
         moments=moments,
     )
 
@@ -331,7 +353,7 @@ def _targets(config: RunConfig, opened: Opened, depths: Sequence[int]) -> list[T
                     column=column_id(teacher, layer, opened.encoding),
                     width=opened.widths[teacher, layer],
                     weight=config.teachers[teacher].weight,
-                    decode=ENCODINGS[opened.encoding].decode,
+                    decode=opened.codecs[teacher, layer].decode,
                     statistics=opened.moments.get((teacher, layer)),
                 )
             )
@@ -351,7 +373,7 @@ def _identity(config: RunConfig, opened: Opened) -> dict[str, Any]:
         "student": config.student.model_dump(mode="json"),
         "objective": config.objective.model_dump(mode="json"),
         "train": config.train.model_dump(mode="json", exclude=free),
-        "masks": json.loads(config.masks.model_dump_json()),
+        "masks": {**asdict(config.mask_spec), "draws": config.num_draws},
         "views": config.views.num,
         "weights": {name: teacher.weight for name, teacher in config.teachers.items()},
         "source": {"mode": config.cache.mode, "encoding": opened.encoding},
@@ -377,5 +399,6 @@ def _clear(folder: Path) -> None:
     """Remove what an earlier run left, and only that."""
     for name in ("checkpoints", "tensorboard", "export", "replay", "report", "pictures"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "config.yaml", "evaluation.json", "features.npz", "report.md"):
+    files = ("metrics.jsonl", "config.yaml", "evaluation.json", "features.npz", "report.md")
+    for name in (*files, SNAPSHOT_FILE):
         (folder / name).unlink(missing_ok=True)

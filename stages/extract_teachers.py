@@ -9,28 +9,31 @@ from __future__ import annotations
 import collections
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
-
-import torch
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.expected import expect_shard
-from kdhiera.cache.fingerprint import base_identity, column_identity
-from kdhiera.cache.layout import PartId, column_id
+from kdhiera.cache.layout import PartId
 from kdhiera.config import RunConfig
-from kdhiera.data.shards import ShardError, ShardIndex, expand, index_shard
-from kdhiera.devices import resolve_device, resolve_precision
+from kdhiera.data.shards import ShardIndex
 from kdhiera.errors import BadDataError, IncompleteError, UsageError
 from kdhiera.grid import TOKENS_PER_UNIT
 from kdhiera.progress import Progress, human_bytes, human_seconds
 from kdhiera.stages.assemble import columns_of, provenance
-from kdhiera.stages.extract_worker import PartTask
-from kdhiera.stages.pool import run_here, run_on_ray
+from kdhiera.stages.extract_plan import (
+    ExtractPlan,
+    Identities,
+    existing_cache,
+    identify,
+    index_all,
+    make_plan,
+)
+from kdhiera.stages.extract_worker import Task
+from kdhiera.stages.pool import Outcome, run_here, run_on_ray
+from kdhiera.stages.probe import probe_versions
 from kdhiera.stopping import stop_on_signals
-from kdhiera.teachers.build import build_teachers
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +45,10 @@ class ExtractSummary:
     """What a run of extraction found and made.
 
     Args:
-        cache: Folder of the cache.
+        cache: Folder or address of the cache.
+        plan: What was missing at the start.
         dry_run: Whether only the plan was made.
         num_shards: Shards of the config.
-        num_parts: Their parts, one a shard and view.
-        parts_missing: Parts that lacked something at the start.
         columns: Columns that the config asks for.
         rows: Rows of the config's committed parts by status.
         num_bytes: Bytes of those parts.
@@ -57,10 +59,9 @@ class ExtractSummary:
     """
 
     cache: str
+    plan: ExtractPlan
     dry_run: bool
     num_shards: int
-    num_parts: int
-    parts_missing: int
     columns: tuple[str, ...]
     rows: dict[str, int]
     num_bytes: int
@@ -71,7 +72,8 @@ class ExtractSummary:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return asdict(self)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "plan": self.plan.to_json()}
 
     def describe(self) -> str:
         """For people."""
@@ -79,8 +81,8 @@ class ExtractSummary:
         good = self.rows.get("ok", 0)
         lines = [
             f"cache     {self.cache}",
-            f"shards    {self.num_shards}, {self.num_parts} parts, "
-            f"{self.parts_missing} {'to do' if self.dry_run else 'were missing'}",
+            f"shards    {self.num_shards}, {self.plan.num_parts} parts, "
+            f"{len(self.plan.parts)} {'to do' if self.dry_run else 'were missing'}",
             f"columns   {', '.join(self.columns)}",
         ]
         if total:
@@ -99,55 +101,69 @@ class ExtractSummary:
         return "\n".join(lines)
 
 
-def extract(config: RunConfig, *, progress: Progress, dry_run: bool = False) -> ExtractSummary:
+def extract(
+    config: RunConfig,
+    *,
+    progress: Progress,
+    dry_run: bool = False,
+    on_plan: Callable[[ExtractPlan], None] = lambda plan: None,
+) -> ExtractSummary:
     """Compute what the config needs and the cache lacks.
 
     Args:
         config: The run.
         progress: Where progress is shown.
-        dry_run: Only say what would be done; nothing is written.
+        dry_run: Only make the plan; nothing is written.
+        on_plan: Told the plan before any work.
 
     Raises:
         UsageError: Before any work: no shards, no weights, an unknown layer.
-        MismatchError: If the cache was made for another config.
+        MismatchError: If the cache was made for another config, or with library versions
+            that do not give what is stored.
         BadDataError: If more than `data.max_bad_fraction` of the rows are bad.
         IncompleteError: If some shards could not be done; all others are committed.
         StoppedError: After SIGTERM or SIGINT, at a clean point.
     """
     started = time.monotonic()
-    shards, problems = _index(config)
-    config, identities, base = _identify(config)
-    columns = columns_of(config)
-    root = Path(config.cache.dir)
-    cache = None
-    if not dry_run:
-        cache = Cache.create_or_open(root, base, provenance=provenance())
-        for column, identity in identities.items():
-            cache.ensure_column(column, identity, provenance=provenance())
-    elif (root / "cache.json").exists():
-        cache = Cache.open(root)
-        cache.check(base)
-    tasks = list(_missing(config, cache, shards, columns))
+    gaps = config.plan_gaps()
+    if gaps:
+        raise UsageError(
+            f"objective asks for masks that `masks` does not plan: {'; '.join(gaps)}; plan them in "
+            "`masks`, or choose others in `objective`"
+        )
+    shards = index_all(config)
+    identities = identify(config)
+    config = identities.config
+    cache = existing_cache(config)
+    if cache is not None:
+        cache.check(identities.base)
+        for column, identity in identities.columns.items():
+            if cache.columns.identity(column) is not None:
+                cache.columns.check(column, identity)
+    plan = make_plan(config, cache, shards.found)
+    on_plan(plan)
     failed: list[str] = []
-    if tasks and cache is not None and not dry_run:
-        failed = _work(config, cache, tasks, progress)
-    rows, num_bytes, dense_bytes = _committed(config, cache, shards, columns)
+    if not dry_run:
+        cache = _open(config, identities)
+        if plan.probe:
+            probe_versions(config, cache, num_rows=plan.probe)
+        failed = _work(config, cache, plan, progress)
+    rows, num_bytes, dense_bytes = _committed(config, cache, shards.found)
     summary = ExtractSummary(
         cache=config.cache.dir,
+        plan=plan,
         dry_run=dry_run,
-        num_shards=len(shards),
-        num_parts=len(shards) * config.views.num,
-        parts_missing=len(tasks),
-        columns=tuple(columns),
+        num_shards=len(shards.found),
+        columns=tuple(columns_of(config)),
         rows=dict(rows),
         num_bytes=num_bytes,
         dense_bytes=dense_bytes,
-        problems=tuple(problems),
+        problems=shards.problems,
         failed=tuple(failed),
         seconds=time.monotonic() - started,
     )
     _judge(config, rows)
-    if failed or len(shards) < len(expand(config.data.shards)):
+    if failed or shards.unreadable:
         raise IncompleteError(
             f"{summary.describe()}\nsome shards could not be extracted; all others are committed. "
             "Mend or remove them and run the same command again"
@@ -155,129 +171,40 @@ def extract(config: RunConfig, *, progress: Progress, dry_run: bool = False) -> 
     return summary
 
 
-def _index(config: RunConfig) -> tuple[list[ShardIndex], list[str]]:
-    """Index every shard; one that is no tar at all is a problem, not a crash."""
-    shards, problems = [], []
-    for path in expand(config.data.shards):
-        try:
-            index = index_shard(path)
-        except ShardError as error:
-            problems.append(str(error))
-            continue
-        shards.append(index)
-        problems += [f"{path}: {p}" for p in index.problems]
-        crowded = _crowded(index, config.data.video_extensions)
-        if crowded:
-            problems.append(
-                f"{path}: {crowded} samples hold several videos and only the first is used: names "
-                "are split at their first dot"
-            )
-    if not shards:
-        raise UsageError(f"none of the shards can be read: {'; '.join(problems)}")
-    seen: dict[str, str] = {}
-    for index in shards:
-        if index.shard_id in seen:
-            raise UsageError(
-                f"{index.path} and {seen[index.shard_id]} are the same shard: list it once"
-            )
-        seen[index.shard_id] = index.path
-    for problem in problems:
-        logger.warning("%s", problem)
-    return shards, problems
+def _open(config: RunConfig, identities: Identities) -> Cache:
+    """The cache with all columns of the config, made where they are not there."""
+    made_by = provenance()
+    cache = Cache.create_or_open(config.cache.dir, dict(identities.base), provenance=made_by)
+    for column, identity in identities.columns.items():
+        cache.columns.ensure(column, dict(identity), provenance=made_by)
+    return cache
 
 
-def _crowded(index: ShardIndex, extensions: Sequence[str]) -> int:
-    """Samples with more than one video: `take.001.mp4` and `take.002.mp4` share a key."""
-    videos = (
-        sum(m.extension.rpartition(".")[2] in extensions for m in sample.members)
-        for sample in index.samples
-    )
-    return sum(count > 1 for count in videos)
-
-
-def _identify(
-    config: RunConfig,
-) -> tuple[RunConfig, dict[str, dict[str, Any]], dict[str, Any]]:
-    """Load the teachers once to know them; precisions are resolved in the returned config.
-
-    `precision: auto` means what a column was made with, or else what the hardware does.
-    """
-    config = _resolve_precisions(config)
-    teachers = build_teachers(config, device=torch.device("cpu"))
-    described = {
-        name: {
-            **teacher.identity,
-            "weights_sha256": teacher.weights_sha256,
-            "precision": config.teachers[name].precision,
-        }
-        for name, teacher in teachers.items()
-    }
-    identities = {
-        column: column_identity(
-            config,
-            name,
-            layer,
-            identity=teachers[name].identity,
-            weights_sha256=teachers[name].weights_sha256,
-            precision=config.teachers[name].precision,
-        )
-        for column, (name, layer) in columns_of(config).items()
-    }
-    scorer = None if config.scores.source == "uniform" else described[config.scores.teacher]
-    return config, identities, base_identity(config, score_teacher=scorer)
-
-
-def _resolve_precisions(config: RunConfig) -> RunConfig:
-    device = resolve_device(config.extract.device)
-    root = Path(config.cache.dir)
-    cache = Cache.open(root) if (root / "cache.json").exists() else None
-    teachers = dict(config.teachers)
-    for name, teacher in teachers.items():
-        if teacher.precision != "auto":
-            continue
-        columns = [column_id(name, layer, config.cache.encoding) for layer in teacher.layers]
-        known = [i for i in (cache.column_identity(c) for c in columns if cache) if i]
-        hardware = "bf16" if resolve_precision("auto", device) == torch.bfloat16 else "fp32"
-        precision = known[0]["precision"] if known else hardware
-        teachers[name] = teacher.model_copy(update={"precision": precision})
-    return config.model_copy(update={"teachers": teachers})
-
-
-def _missing(
-    config: RunConfig,
-    cache: Cache | None,
-    shards: Sequence[ShardIndex],
-    columns: dict[str, tuple[str, str]],
-) -> Iterator[PartTask]:
-    for view in range(config.views.num):
-        for shard in shards:
-            part = PartId(shard_id=shard.shard_id, view=view)
-            lacks = cache.missing(part, list(columns)) if cache else None
-            if lacks is None or lacks:
-                wanted = columns if lacks is None else {c: columns[c] for c in lacks.columns}
-                base = lacks is None or lacks.base
-                yield PartTask(shard=shard, view=view, base=base, columns=wanted)
-
-
-def _work(
-    config: RunConfig, cache: Cache, tasks: Sequence[PartTask], progress: Progress
-) -> list[str]:
-    """Run the tasks; returns those that were given up, in words."""
-    for shard in {task.shard.shard_id: task.shard for task in tasks}.values():
+def _work(config: RunConfig, cache: Cache, plan: ExtractPlan, progress: Progress) -> list[str]:
+    """Do what is planned; returns what was given up, in words."""
+    if not plan.parts:
+        return []
+    for shard in {task.shard.shard_id: task.shard for task in plan.parts}.values():
         expect_shard(cache, shard.shard_id, path=shard.path)
-    total = sum(len(task.shard.samples) for task in tasks)
+    total = plan.num_clips + (plan.bases.num_rows if plan.bases else 0)
     bar = progress.start("extract", total, "clips")
-    shown = 0
+    shown = before = 0
 
     def on_counts(rows: int, bad: int) -> None:
         nonlocal shown
-        progress.advance(bar, max(0, min(rows, total) - shown))
-        shown = max(shown, min(rows, total))
+        now = min(before + rows, total)
+        progress.advance(bar, max(0, now - shown))
+        shown = max(shown, now)
         _judge(config, collections.Counter(ok=rows - bad, bad=bad))
 
     runner = run_on_ray if config.ray.enabled else run_here
+    first: list[Task] = [plan.bases] if plan.bases else []
+    outcomes: list[Outcome] = []
     with stop_on_signals() as stop:
-        outcomes = list(runner(config, tasks, on_counts=on_counts, stop=stop))
+        for tasks in (first, plan.parts):  # no part is encoded before its basis is there
+            before = shown
+            if tasks and all(o.result for o in outcomes):
+                outcomes += runner(config, tasks, on_counts=on_counts, stop=stop)
     progress.finish(bar)
     return [f"{o.task.name}: {o.error}" for o in outcomes if o.result is None]
 
@@ -286,9 +213,9 @@ def _committed(
     config: RunConfig,
     cache: Cache | None,
     shards: Sequence[ShardIndex],
-    columns: dict[str, tuple[str, str]],
 ) -> tuple[collections.Counter[str], int, int]:
     """Rows by status, stored bytes and dense fp16 bytes of the config's committed parts."""
+    columns = columns_of(config)
     rows: collections.Counter[str] = collections.Counter()
     num_bytes = dense_bytes = 0
     tokens = config.clip.grid.num_units * TOKENS_PER_UNIT

@@ -8,19 +8,20 @@ Three things overlap, each bounded:
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.layout import ColumnStatus, PartId
+from kdhiera.cache.encoding import basis_to_npz, calibrate
+from kdhiera.cache.layout import ColumnStatus, PartId, parse_column
 from kdhiera.cache.reader import BaseRows, read_base
 from kdhiera.cache.table import Row
 from kdhiera.cache.writer import Attempt, CommitResult
@@ -30,7 +31,7 @@ from kdhiera.data.ordered import decode_samples
 from kdhiera.data.sandbox import Sandbox
 from kdhiera.data.shards import Sample, ShardIndex, read_shard
 from kdhiera.devices import resolve_device
-from kdhiera.errors import StoppedError
+from kdhiera.errors import KdhieraError, StoppedError
 from kdhiera.featurize import Featurized
 from kdhiera.stages.assemble import decode_limits, featurizer_of, provenance, source_of
 from kdhiera.views import RowStatus
@@ -63,6 +64,29 @@ class PartTask:
     def name(self) -> str:
         """For people."""
         return f"{self.shard.shard_id} view {self.view}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BasisTask:
+    """The making of bases, from the first good clips of view 0 in sorted order.
+
+    Args:
+        shards: In sorted order of their ids; as many are read as are needed.
+        columns: Columns without a basis by id, as (teacher, layer).
+        num_rows: Clips to make them from; fewer if there are not so many.
+    """
+
+    shards: tuple[ShardIndex, ...]
+    columns: Mapping[str, tuple[str, str]]
+    num_rows: int
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"basis of {', '.join(self.columns)}"
+
+
+Task = PartTask | BasisTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +128,8 @@ class PartExtractor:
         self._rows = self._bad = 0
         device = resolve_device(config.extract.device)
         torch.set_num_threads(config.extract.cpus_per_actor)
-        self._cache = Cache.open(Path(config.cache.dir))
-        self._featurizer = featurizer_of(config, device=device)
+        self._cache = Cache.open(config.cache.dir)
+        self._featurizer = featurizer_of(config, device=device, plan=self._cache.mask_plan)
         self._widths = self._featurizer.widths(
             {name: teacher.layers for name, teacher in config.teachers.items()}
         )
@@ -118,24 +142,61 @@ class PartExtractor:
         """End the decoding children."""
         self._sandbox.close()
 
-    def run(self, task: PartTask) -> PartResult:
-        """Compute what is missing of one part and commit it.
+    def run(self, task: Task) -> PartResult:
+        """Compute what is missing of one part and commit it, or make bases.
 
         Raises:
             StoppedError: If asked to stop; the attempt is abandoned, nothing is committed.
         """
         started = time.monotonic()
+        num_bytes = self._make_bases(task) if isinstance(task, BasisTask) else self._fill(task)
+        return PartResult(num_bytes=num_bytes, seconds=time.monotonic() - started)
+
+    def _fill(self, task: PartTask) -> int:
+        lacks = self._cache.missing(task.part, list(task.columns))  # another run may be at it
+        if not lacks:
+            return 0
+        task = replace(
+            task, base=lacks.base, columns={c: task.columns[c] for c in lacks.columns}
+        )
         result = self._run(task, replay=not task.base)
         if result.replay_needed:
             logger.info("%s: another run stored other rows; replaying those", task.name)
             result = self._run(task, replay=True)
-        return PartResult(num_bytes=result.num_bytes, seconds=time.monotonic() - started)
+        return result.num_bytes
+
+    def _make_bases(self, task: BasisTask) -> int:
+        """Calibrate on all tokens of the first good clips; a basis that is there stays."""
+        drawn = (item for shard in task.shards for item in self._drawn(shard, 0))
+        good = itertools.islice((i for i in drawn if i.clip is not None), task.num_rows)
+        tokens: dict[tuple[str, str], list[torch.Tensor]] = {k: [] for k in task.columns.values()}
+        for batch in self._batches(good):
+            clips = np.stack([item.clip.frames for item in batch if item.clip is not None])
+            out = self._featurizer.teach(clips, layers=_layers(task.columns), with_scores=False)
+            for teacher, layer in tokens:
+                units = self._featurizer.grid.tokens_to_units(out[teacher].features[layer].float())
+                tokens[teacher, layer].append(units[units.isfinite().flatten(1).all(1)].cpu())
+            self._rows += len(batch)
+            self._on_counts(self._rows, self._bad)
+            if self._stop.is_set():
+                raise StoppedError(f"stopped at the {task.name}: run again to go on")
+        num_bytes = 0
+        for column, key in task.columns.items():
+            rows = torch.cat(tokens.pop(key)) if tokens[key] else torch.empty(0)
+            if not len(rows):
+                raise KdhieraError(f"no clip of data.shards decodes: the {task.name} has no data")
+            encoding = parse_column(column).encoding
+            basis = calibrate(encoding, rows, error=self._config.cache.compact_error)
+            data = basis_to_npz(basis)
+            self._cache.columns.publish_basis(column, data)
+            num_bytes += len(data)
+        return num_bytes
 
     def _run(self, task: PartTask, *, replay: bool) -> CommitResult:
         found = self._cache.part_commits(task.part) if replay else None
         base = found.base if found else None
         stored = read_base(self._cache, base) if base else None
-        items = self._replayed(task, stored) if stored else self._drawn(task)
+        items = self._replayed(task, stored) if stored else self._drawn(task.shard, task.view)
         attempt = Attempt(
             self._cache,
             task.part,
@@ -166,12 +227,12 @@ class PartExtractor:
                 written.result()
             return attempt.commit()
 
-    def _drawn(self, task: PartTask) -> Iterator[_RowClip]:
-        """All samples of the shard, each with a newly drawn view."""
+    def _drawn(self, shard: ShardIndex, view: int) -> Iterator[_RowClip]:
+        """All samples of a shard, each with a newly drawn view."""
         policy = self._config.view_policy
         wanted = (
-            (sample, ClipRequest(uid=sample.uid, view=task.view, policy=policy))
-            for sample in self._samples(task)
+            (sample, ClipRequest(uid=sample.uid, view=view, policy=policy))
+            for sample in self._samples(shard)
         )
         for sample, outcome in self._decode(wanted):
             clip = outcome if isinstance(outcome, Clip) else None
@@ -192,7 +253,7 @@ class PartExtractor:
                     replay_decoder=good[sample.uid].decoder,
                 ),
             )
-            for sample in self._samples(task)
+            for sample in self._samples(task.shard)
             if sample.uid in good
         )
         for sample, outcome in self._decode(wanted):
@@ -200,9 +261,9 @@ class PartExtractor:
             same = isinstance(outcome, Clip) and outcome.crc32c == row.clip_crc32c
             yield _RowClip(row=row, clip=outcome if same and isinstance(outcome, Clip) else None)
 
-    def _samples(self, task: PartTask) -> Iterator[Sample]:
+    def _samples(self, shard: ShardIndex) -> Iterator[Sample]:
         return read_shard(
-            task.shard,
+            shard,
             video_extensions=self._config.data.video_extensions,
             max_video_bytes=self._config.decode.max_video_bytes,
         )
@@ -232,14 +293,11 @@ class PartExtractor:
         present = [i for i, item in enumerate(batch) if item.clip is not None]
         if not present:
             return None
-        layers: dict[str, list[str]] = {}
-        for teacher, layer in task.columns.values():
-            layers.setdefault(teacher, []).append(layer)
         return self._featurizer(
             np.stack([item.clip.frames for item in batch if item.clip is not None]),
             uids=[batch[i].row.uid for i in present],
             view=task.view,
-            layers=layers,
+            layers=_layers(task.columns),
             units=None if units is None else units[present],
         )
 
@@ -280,6 +338,14 @@ class PartExtractor:
                 found = whole
             attempt.append_features(column, found, status)
             attempt.append_statistics(column, out.statistics[key])
+
+
+def _layers(columns: Mapping[str, tuple[str, str]]) -> dict[str, list[str]]:
+    """Layers by teacher."""
+    layers: dict[str, list[str]] = {}
+    for teacher, layer in columns.values():
+        layers.setdefault(teacher, []).append(layer)
+    return layers
 
 
 def _row(sample: Sample, outcome: Clip | DecodeFailure) -> Row:

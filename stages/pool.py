@@ -22,7 +22,7 @@ from typing import Any
 from kdhiera.config import RunConfig
 from kdhiera.devices import resolve_device
 from kdhiera.errors import DamagedError, KdhieraError, StoppedError, UsageError
-from kdhiera.stages.extract_worker import PartExtractor, PartResult, PartTask
+from kdhiera.stages.extract_worker import PartExtractor, PartResult, Task
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +42,13 @@ class Outcome:
         error: Why it was given up; empty otherwise.
     """
 
-    task: PartTask
+    task: Task
     result: PartResult | None
     error: str = ""
 
 
 def run_here(
-    config: RunConfig, tasks: Sequence[PartTask], *, on_counts: OnCounts, stop: threading.Event
+    config: RunConfig, tasks: Sequence[Task], *, on_counts: OnCounts, stop: threading.Event
 ) -> Iterator[Outcome]:
     """Work on the tasks one by one in this process."""
     extractor = PartExtractor(config, stop=stop, on_counts=on_counts)
@@ -69,7 +69,7 @@ def run_here(
 
 
 def run_on_ray(
-    config: RunConfig, tasks: Sequence[PartTask], *, on_counts: OnCounts, stop: threading.Event
+    config: RunConfig, tasks: Sequence[Task], *, on_counts: OnCounts, stop: threading.Event
 ) -> Iterator[Outcome]:
     """Work on the tasks with a pool of Ray actors.
 
@@ -169,7 +169,7 @@ class _Actor:
         self._counts = (rows, bad)
         self._changed = time.monotonic()
 
-    def run(self, task: PartTask) -> PartResult:
+    def run(self, task: Task) -> PartResult:
         self._changed = time.monotonic()
         return self._extractor.run(task)
 
@@ -183,7 +183,7 @@ class _Actor:
 @dataclass(kw_only=True)
 class _Try:
     actor: Any
-    task: PartTask
+    task: Task
     number: int
     moved: float = field(default_factory=time.monotonic)
 
@@ -207,7 +207,7 @@ class _Pool:
         self._counts: dict[Any, tuple[int, int]] = {}
         self._size_now = 0
 
-    def run(self, tasks: Sequence[PartTask], stop: threading.Event) -> Iterator[Outcome]:
+    def run(self, tasks: Sequence[Task], stop: threading.Event) -> Iterator[Outcome]:
         waiting = collections.deque((task, 1) for task in tasks)
         while waiting or self._running:
             while waiting and (self._idle or self._size_now < self._size):

@@ -1,3 +1,5 @@
+import os
+import uuid
 from pathlib import Path
 
 import pytest
@@ -11,3 +13,26 @@ REPOSITORY = Path(__file__).parents[1]
 def demo() -> Prepared:
     """The demo's data and teachers; made by `make pipeline`, or here if it has not run."""
     return prepare(REPOSITORY / "demo-data")
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """A local S3 server that the environment points at, with the bucket `bucket`."""
+    from s3_server import KEYS, Server
+
+    server = Server()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if n.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": server.url}.items():
+            patch.setenv(name, value)
+        server.bucket("bucket")
+        yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(s3):
+    """A prefix of its own in the bucket; faults are gone afterwards."""
+    yield f"s3://bucket/{uuid.uuid4().hex}"
+    s3.faults.clear()

@@ -1,6 +1,6 @@
 """One array of a part: zarr describes it, tensorstore moves its bytes.
 
-    inner chunk = one row:  bytes -> blosc(zstd, byte shuffle) -> crc32c
+    inner chunk = one row:  [transpose ->] bytes -> blosc(zstd, byte shuffle) -> crc32c
     Zarr shard  = a block of rows, encoded and written whole, once
 
 A Zarr shard is never written twice: two writers of one shard, or one writer in two
@@ -20,7 +20,7 @@ import numpy as np
 import tensorstore as ts
 import zarr
 from jaxtyping import Shaped
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.layout import ArraySpec
@@ -54,6 +54,7 @@ class ArrayWriter:
             chunks=(1, *spec.shape) if spec.row_chunks else block,
             shards=block if spec.row_chunks else None,
             dtype=dtype,
+            filters=[TransposeCodec(order=spec.order)] if spec.order else None,
             serializer=BytesCodec(),
             compressors=[
                 BloscCodec(
@@ -106,7 +107,7 @@ class ArrayWriter:
         Returns:
             What is wrong with it, or None if every block comes back as it was appended.
         """
-        stored = open_array(self.path)
+        stored = open_array(_file(self.path))
         if stored.shape != (self.num_rows, *self.spec.shape):
             return f"{self.path.name} has the shape {stored.shape}"
         for i, checksum in enumerate(self._checksums):
@@ -125,7 +126,7 @@ class ArrayWriter:
         start, stop = self.num_rows, self.num_rows + self._filled
         block = self._block[: self._filled]
         self._array.resize((stop, *self.spec.shape))
-        self._writing = open_array(self.path, write=True)[start:stop].write(block)
+        self._writing = open_array(_file(self.path), write=True)[start:stop].write(block)
         self._checksums.append(google_crc32c.value(block))
         self.num_rows, self._filled = stop, 0
 
@@ -142,16 +143,20 @@ class ArrayWriter:
         self._writing = None
 
 
+def _file(path: Path) -> Mapping[str, Any]:
+    return {"driver": "file", "path": f"{path.absolute()}/"}
+
+
 def create_group(folder: Path, attributes: Mapping[str, object]) -> None:
     """Create a Zarr group."""
     zarr.create_group(store=folder, attributes=dict(attributes), zarr_format=3)
 
 
-def open_array(path: Path, context: Any = None, *, write: bool = False) -> Any:
+def open_array(kvstore: Mapping[str, Any], context: Any = None, *, write: bool = False) -> Any:
     """Open an array with tensorstore.
 
     Args:
-        path: Folder of the array.
+        kvstore: Of the array's folder, from `Store.kvstore`.
         context: Shared resources; None takes fresh ones, without a cache.
         write: For writing (not synced) instead of reading.
 
@@ -160,7 +165,7 @@ def open_array(path: Path, context: Any = None, *, write: bool = False) -> Any:
     """
     spec = {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{path.absolute()}/"},
+        "kvstore": kvstore,
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
         "recheck_cached_metadata": False,
@@ -183,7 +188,8 @@ def read_array(cache: Cache, commit: Commit, path: str) -> np.ndarray:
     """
     cache.check_files(commit)
     try:
-        values: np.ndarray = open_array(cache.folder(commit) / path).read().result()
+        folder = cache.store.kvstore(f"{cache.folder(commit)}/{path}")
+        values: np.ndarray = open_array(folder).read().result()
     except ValueError as error:
         raise cache.damaged(commit.part, f"{path}: {error}") from None
     return values

@@ -1,40 +1,40 @@
-"""A cache folder: its identity, its columns, and what is committed.
+"""A cache: its identity, its columns, and what is committed.
 
 Everything is created once, by whoever comes first, and never changed. A part whose commit
-folder is removed is not there any more.
+records are removed is not there any more.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 
+from kdhiera.cache.columns import Columns
 from kdhiera.cache.fingerprint import (
     Identity,
-    differences,
+    base_differences,
     fingerprint,
     grid_of,
     mask_plan_of,
     table,
 )
 from kdhiera.cache.layout import (
+    CACHE_FILE,
+    COMMITS,
     FORMAT,
     PartId,
     attempt_folder,
-    cache_file,
-    column_file,
-    columns_folder,
     commit_file,
     commit_folder,
-    commits_folder,
     is_chunk_file,
 )
 from kdhiera.cache.records import (
@@ -51,48 +51,54 @@ from kdhiera.cache.records import (
 from kdhiera.cache.table import Row, from_parquet
 from kdhiera.errors import DamagedError, MismatchError, UsageError
 from kdhiera.grid import Grid
-from kdhiera.masking import MaskPlan
-from kdhiera.storage import file_crc32c, put_if_absent
+from kdhiera.masking import MaskPlan, MaskSpec
+from kdhiera.stores import Store, open_store
 
 _LISTING_THREADS = 8
+_RECORD = re.compile(rf"{COMMITS}/[^/]+/\d+/[^/]+\.json")
 
 
 class Cache:
-    """A cache folder: its identity and commit points; from `create_or_open` or `open`.
+    """A cache: its identity and commit points; from `create_or_open` or `open`.
 
     Args:
-        root: Folder of the cache.
+        store: Where it lives.
         identity: Identity that it has.
     """
 
-    def __init__(self, root: Path, identity: Identity) -> None:
-        self.root = root
+    def __init__(self, store: Store, identity: Identity) -> None:
+        self.store = store
         self.identity = identity
         self.fingerprint = fingerprint(identity)
-        self._column_fingerprints: dict[str, str] = {}
+        self.columns = Columns(store)
+
+    @property
+    def url(self) -> str:
+        """Folder or address, as it was given."""
+        return self.store.url
 
     @classmethod
     def create_or_open(
-        cls, root: Path, identity: Identity, *, provenance: Mapping[str, object]
+        cls, url: str | Path, identity: Identity, *, provenance: Mapping[str, object]
     ) -> Cache:
-        """Open the cache in `root` for extraction, creating it if there is none.
+        """Open the cache at `url` for extraction, creating it if there is none.
 
         Args:
-            root: Folder of the cache; made if it does not exist.
+            url: Folder or `s3://` address of the cache; made if it does not exist.
             identity: From `fingerprint.base_identity`.
             provenance: Recorded if the cache is created; decides nothing.
 
         Raises:
             MismatchError: If the cache there was made for another base.
-            UsageError: If the folder holds something else.
+            UsageError: If something else is there.
         """
-        path = cache_file(root)
-        if not path.exists():
-            if root.is_file():
-                raise UsageError(f"{root} is a file: set cache.dir to a folder")
-            if root.is_dir() and any(not p.name.startswith(".") for p in root.iterdir()):
+        store = open_store(url)
+        if not store.exists(CACHE_FILE):
+            if isinstance(url, Path | str) and Path(str(url)).is_file():
+                raise UsageError(f"{url} is a file: set cache.dir to a folder")
+            if store.names("") and not _made_for(store, fingerprint(identity)):
                 raise UsageError(
-                    f"{root} holds files but no cache: set cache.dir to a new or empty folder"
+                    f"{url} holds files but no cache: set cache.dir to a new or empty folder"
                 )
             body = {
                 "kind": "cache",
@@ -100,53 +106,97 @@ class Cache:
                 "fingerprint": fingerprint(identity),
                 "provenance": provenance,
             }
-            put_if_absent(path, seal(body))
-        cache = cls.open(root)
+            store.create(CACHE_FILE, seal(body))
+        cache = cls.open(url)
         cache.check(identity)
         return cache
 
     @classmethod
-    def open(cls, root: Path) -> Cache:
+    def open(cls, url: str | Path) -> Cache:
         """Open an existing cache.
+
+        Args:
+            url: Its folder or `s3://` address.
 
         Raises:
             UsageError: If there is none.
             DamagedError: If its identity is damaged.
             MismatchError: If it has another format version.
         """
-        path = cache_file(root)
+        store = open_store(url)
         try:
-            body = unseal(path.read_bytes(), path)
-        except (FileNotFoundError, NotADirectoryError):
+            body = unseal(store.read(CACHE_FILE), f"{url}/{CACHE_FILE}")
+        except FileNotFoundError:
             raise UsageError(
-                f"no cache in {root}: run `kdhiera extract-teachers CONFIG` to make it, or set "
+                f"no cache in {url}: run `kdhiera extract-teachers CONFIG` to make it, or set "
                 "cache.dir to where it is"
+            ) from None
+        except DamagedError as error:
+            raise DamagedError(
+                f"{error}. Restore it from a copy, or remove it and run `kdhiera extract-teachers "
+                "CONFIG` with the config that the cache was made with, which writes it anew"
             ) from None
         found = body["identity"].get("format")
         if found != FORMAT:
             raise MismatchError(
-                f"the cache in {root} has format {found} and this version of kdhiera reads "
+                f"the cache in {url} has format {found} and this version of kdhiera reads "
                 f"format {FORMAT}: use another cache.dir"
             )
-        return cls(root, body["identity"])
+        if body["fingerprint"] != fingerprint(body["identity"]):
+            raise DamagedError(f"{url}/{CACHE_FILE} is damaged: its fingerprint is not its own")
+        return cls(store, body["identity"])
 
-    def check(self, want: Mapping[str, object], *, declared_only: bool = False) -> None:
-        """Refuse another base.
+    def check(self, want: Mapping[str, Any], *, declared_only: bool = False) -> None:
+        """Refuse another base: other clips, other scores, or units that are not kept.
+
+        A cache may keep more than is asked for.
 
         Args:
             want: Identity that the run asks for.
-            declared_only: Compare only the fields that `want` has.
+            declared_only: Compare only the fields that `want` has, and no masks
+                (`check_masks` does).
 
         Raises:
             MismatchError: With a table of the fields that differ.
         """
-        different = differences(want, self.identity, declared_only=declared_only)
+        different = base_differences(want, self.identity, declared_only=declared_only)
         if different:
             raise MismatchError(
-                f"the cache in {self.root} was made for other clips, scores or masks:\n"
+                f"the cache in {self.url} was made for other clips or scores:\n"
                 f"{table(different)}\n"
                 "Change the config to what the cache has, or set cache.dir to another folder "
                 "to make a cache for this config"
+            )
+        if declared_only:
+            return
+        per_slot = self.grid.units_per_slot
+        gaps = self.mask_plan.lacks_plan(mask_plan_of(want), units_per_slot=per_slot)
+        if gaps:
+            raise MismatchError(
+                f"the cache in {self.url} does not keep what `masks` plans: {'; '.join(gaps)}. It "
+                f"keeps {self.mask_plan.describe()}. Plan no more than that, or set cache.dir to "
+                "another folder: a wider plan is a new cache, made from the videos again"
+            )
+
+    def check_masks(self, spec: MaskSpec, *, draws: int) -> None:
+        """Refuse masks that would show a unit which is not kept.
+
+        Args:
+            spec: The run's masks.
+            draws: Draws 0 .. draws-1 are used.
+
+        Raises:
+            MismatchError: With what is kept, and the ways out.
+        """
+        per_slot = self.grid.units_per_slot
+        gaps = self.mask_plan.lacks(spec, draws=draws, units_per_slot=per_slot)
+        if gaps:
+            raise MismatchError(
+                f"the cache in {self.url} does not cover the masks that this run draws: "
+                f"{'; '.join(gaps)}. It keeps {self.mask_plan.describe()}. Choose "
+                "objective.strategy, objective.ratio and objective.draws among these, or plan "
+                "yours in `masks` and set cache.dir to another folder: a wider plan is a new "
+                "cache, made from the videos again"
             )
 
     @cached_property
@@ -164,124 +214,21 @@ class Cache:
         """Bound on the kept units of a row, `K`."""
         return self.mask_plan.max_kept(self.grid.slots, self.grid.units_per_slot)
 
-    def columns(self) -> tuple[str, ...]:
-        """Columns that the cache knows, sorted; a part may lack any of them."""
-        folder = columns_folder(self.root)
-        if not folder.is_dir():
-            return ()
-        return tuple(sorted(p.name for p in folder.iterdir() if (p / "column.json").exists()))
-
-    def column_identity(self, column: str) -> Identity | None:
-        """Identity of a column, or None if the cache does not know it."""
-        path = column_file(self.root, column)
-        try:
-            body = unseal(path.read_bytes(), path)
-        except FileNotFoundError:
-            return None
-        identity: Identity = body["identity"]
-        return identity
-
-    def ensure_column(
-        self, column: str, identity: Identity, *, provenance: Mapping[str, object]
-    ) -> None:
-        """Create a column, or check that the one there is the same.
-
-        Args:
-            column: Column id.
-            identity: From `fingerprint.column_identity`.
-            provenance: Recorded if the column is created; decides nothing.
-
-        Raises:
-            MismatchError: With a table of the fields that differ.
-        """
-        body = {
-            "kind": "column",
-            "column": column,
-            "identity": identity,
-            "fingerprint": fingerprint(identity),
-            "provenance": provenance,
-        }
-        path = column_file(self.root, column)
-        if not path.exists():
-            put_if_absent(path, seal(body))
-        self.check_column(column, identity)
-
-    def check_column(
-        self, column: str, want: Mapping[str, object], *, declared_only: bool = False
-    ) -> None:
-        """Refuse a column that was made by another teacher or in another way.
-
-        Args:
-            column: Column id.
-            want: Identity that the run asks for.
-            declared_only: Compare only the fields that `want` has.
-
-        Raises:
-            MismatchError: If the cache does not have the column, or with a table of the
-                fields that differ.
-        """
-        has = self.column_identity(column)
-        if has is None:
-            there = ", ".join(self.columns()) or "none"
-            raise MismatchError(
-                f"the cache in {self.root} has no column {column} (it has: {there}): run "
-                "`kdhiera extract-teachers CONFIG` to add it"
-            )
-        different = differences(want, has, declared_only=declared_only)
-        if different:
-            raise MismatchError(
-                f"column {column} of the cache in {self.root} was made in another way:\n"
-                f"{table(different)}\n"
-                "Change the config to what the cache has, give the teacher another name to make "
-                "a column of its own, or set cache.dir to another folder"
-            )
-
-    def column_fingerprint(self, column: str) -> str:
-        """Fingerprint of a column that the cache knows."""
-        if column not in self._column_fingerprints:
-            identity = self.column_identity(column)
-            if identity is None:
-                raise DamagedError(
-                    f"{column_file(self.root, column)} is missing, but parts of the column are "
-                    "committed: restore the file from a copy of the cache"
-                )
-            self._column_fingerprints[column] = fingerprint(identity)
-        return self._column_fingerprints[column]
-
     def part_commits(self, part: PartId) -> PartCommits | None:
         """What is committed of a part now, or None.
 
         Raises:
             DamagedError: If a record is damaged or belongs to another base.
         """
-        base: BaseCommit | None = None
-        columns: dict[str, ColumnCommit] = {}
-        for path in _record_files(commit_folder(self.root, part)):
-            commit, made_under = parse_commit(path.read_bytes(), path)
-            if commit.part != part or path.name != f"{commit.column or 'base'}.json":
-                raise self.damaged(part, f"{path} is the record of {commit.part}")
-            if isinstance(commit, BaseCommit):
-                base, wanted = commit, self.fingerprint
-            else:
-                columns[commit.column] = commit
-                wanted = self.column_fingerprint(commit.column)
-            if made_under != wanted:
-                raise self.damaged(part, f"{path} was committed under another identity")
-        if base is None:
-            if columns:
-                raise self.damaged(part, f"columns {', '.join(columns)} have no base record")
-            return None
-        for column in columns.values():
-            if column.base_sha256 != base.sha256:
-                raise self.damaged(part, f"column {column.column} belongs to another base record")
-        return PartCommits(base=base, columns=columns)
+        folder = commit_folder(part)
+        keys = [f"{folder}/{n}" for n in self.store.names(folder) if n.endswith(".json")]
+        return self._parse(part, keys)
 
     def sources(self, shard_id: str) -> list[SourceInfo]:
         """Shard that each committed view of `shard_id` was made from."""
-        views = _folders(commits_folder(self.root) / shard_id)
-        parts = sorted(PartId(shard_id=shard_id, view=int(view.name)) for view in views)
-        commits = (self.part_commits(part) for part in parts)
-        return [found.base.source for found in commits if found is not None]
+        views = sorted(int(view) for view in self.store.names(f"{COMMITS}/{shard_id}"))
+        found = (self.part_commits(PartId(shard_id=shard_id, view=view)) for view in views)
+        return [commits.base.source for commits in found if commits is not None]
 
     def missing(self, part: PartId, columns: Sequence[str]) -> Missing:
         """What of a part is not committed yet.
@@ -295,17 +242,32 @@ class Cache:
             return Missing(base=True, columns=tuple(columns))
         return Missing(base=False, columns=tuple(c for c in columns if c not in commits.columns))
 
+    def records(self) -> dict[PartId, list[str]]:
+        """Keys of all commit records there are, by part, in sorted order."""
+        keys = [e.key for e in self.store.walk(COMMITS) if _RECORD.fullmatch(e.key)]
+        split = sorted((_part_of(key), key) for key in keys)
+        return {p: [key for _, key in g] for p, g in groupby(split, key=lambda item: item[0])}
+
     def commits(self) -> dict[PartId, PartCommits]:
         """Everything that is committed now, in sorted order of parts."""
-        parts = [
-            PartId(shard_id=shard.name, view=int(view.name))
-            for shard in _folders(commits_folder(self.root))
-            for view in _folders(Path(shard.path))
-        ]
-        parts.sort()
+        records = self.records()
         with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-            read = pool.map(self.part_commits, parts)
-            return {p: c for p, c in zip(parts, read, strict=True) if c is not None}
+            read = pool.map(self._parse, records, records.values())
+            return {p: c for p, c in zip(records, read, strict=True) if c is not None}
+
+    def read_commit(self, key: str) -> Commit | None:
+        """One commit record; None for a column that the cache does not know (any more).
+
+        Raises:
+            DamagedError: If it is damaged, of another part, or made under another identity.
+        """
+        part = _part_of(key)
+        data = self.store.read(key)
+        try:
+            commit, made_under = parse_commit(data, f"{self.url}/{key}")
+        except DamagedError as error:
+            raise self.damaged(part, str(error)) from None
+        return self._checked(part, key, commit, made_under)
 
     def read_record(self, commit: Commit) -> dict[str, Any]:
         """Body of a commit record, with its list of files.
@@ -313,39 +275,67 @@ class Cache:
         Raises:
             DamagedError: If the record is not the one that was listed.
         """
-        path = commit_file(self.root, commit.part, commit.column)
+        key = commit_file(commit.part, commit.column)
         try:
-            data = path.read_bytes()
+            data = self.store.read(key)
         except FileNotFoundError:
-            raise self.damaged(commit.part, f"its commit record {path.name} is gone") from None
+            raise self.damaged(commit.part, f"its commit record {key} is gone") from None
         if hashlib.sha256(data).hexdigest() != commit.sha256:
-            raise self.damaged(commit.part, f"{path.name} has changed since the cache was opened")
-        return unseal(data, path)
+            raise self.damaged(commit.part, f"{key} has changed since the cache was opened")
+        return unseal(data, f"{self.url}/{key}")
 
-    def folder(self, commit: Commit) -> Path:
+    def folder(self, commit: Commit) -> str:
         """Folder of the attempt that a commit names."""
-        return attempt_folder(self.root, commit.part, commit.attempt)
+        return attempt_folder(commit.part, commit.attempt)
 
-    def check_files(self, commit: Commit) -> None:
-        """Check the files of a base or column: all sizes, and contents of all but chunks.
+    def check_files(self, *commits: Commit, contents: bool = False) -> None:
+        """Check the files of bases or columns: all sizes, and contents of all but chunks.
 
         Chunks carry checksums of their own, checked whenever one is read.
 
+        Args:
+            *commits: Of one part.
+            contents: Check the contents of chunk files as well.
+
         Raises:
-            DamagedError: Naming the part and the file.
+            DamagedError: Naming the part and the first file that is wrong.
         """
-        for name, (size, crc32c) in self.read_record(commit)["files"].items():
-            path = self.folder(commit) / name
-            try:
-                found = path.stat().st_size
-            except FileNotFoundError:
-                raise self.damaged(commit.part, f"{path} is missing") from None
-            if found != size:
-                raise self.damaged(
-                    commit.part, f"{path} has {found:,} bytes and was written with {size:,}"
-                )
-            if not is_chunk_file(name) and file_crc32c(path) != crc32c:
-                raise self.damaged(commit.part, f"{path} does not match its checksum")
+        for problem in self.file_problems(*commits, contents=contents):
+            raise self.damaged(commits[0].part, problem.what)
+
+    def file_problems(self, *commits: Commit, contents: bool) -> Iterator[FileProblem]:
+        """Every file of bases or columns of one part that is missing or wrong.
+
+        Args:
+            *commits: Of one part.
+            contents: Check the contents of chunk files as well.
+        """
+        wanted: dict[str, tuple[tuple[int, int], list[Commit]]] = {}
+        for commit in commits:
+            for name, entry in self.read_record(commit)["files"].items():
+                key = f"{self.folder(commit)}/{name}"
+                wanted.setdefault(key, (tuple(entry), []))[1].append(commit)
+        folders = {self.folder(commit) for commit in commits}
+        found = {e.key: e.num_bytes for folder in folders for e in self.store.walk(folder)}
+        small: list[str] = []
+        chunks: list[str] = []  # large: read one at a time
+        for key, ((size, _), owners) in wanted.items():
+            path = f"{self.url}/{key}"
+            if key not in found:
+                yield FileProblem(what=f"{path} is missing", key=key, commits=tuple(owners))
+            elif found[key] != size:
+                what = f"{path} has {found[key]:,} bytes and was written with {size:,}"
+                yield FileProblem(what=what, key=key, commits=tuple(owners))
+            elif not is_chunk_file(key):
+                small.append(key)
+            elif contents:
+                chunks.append(key)
+        for keys in (small, *([key] for key in chunks)):
+            for key, data in zip(keys, self.store.read_many(keys), strict=True):
+                (_, crc32c), owners = wanted[key]
+                if data is None or google_crc32c.value(data) != crc32c:
+                    what = f"{self.url}/{key} does not match its checksum"
+                    yield FileProblem(what=what, key=key, commits=tuple(owners))
 
     def read_file(self, commit: Commit, name: str) -> bytes:
         """Contents of one file of a base or column, checked.
@@ -357,13 +347,14 @@ class Cache:
         Raises:
             DamagedError: If the file is missing or differs from its checksum.
         """
-        path = self.folder(commit) / name
+        key = f"{self.folder(commit)}/{name}"
         try:
-            data = path.read_bytes()
+            data = self.store.read(key)
         except FileNotFoundError:
-            raise self.damaged(commit.part, f"{path} is missing") from None
+            raise self.damaged(commit.part, f"{self.url}/{key} is missing") from None
         if [len(data), google_crc32c.value(data)] != self.read_record(commit)["files"][name]:
-            raise self.damaged(commit.part, f"{path} does not match its checksum")
+            what = f"{self.url}/{key} does not match its checksum"
+            raise self.damaged(commit.part, what)
         return data
 
     def rows(self, base: BaseCommit) -> list[Row]:
@@ -377,20 +368,77 @@ class Cache:
     def damaged(self, part: PartId, what: str) -> DamagedError:
         """The error for bytes of a part that are missing or wrong, with the way out."""
         return DamagedError(
-            f"part {part} of the cache in {self.root} is damaged: {what}. To make it anew, remove "
-            f"{commit_folder(self.root, part)} and run `kdhiera extract-teachers CONFIG`"
+            f"part {part} of the cache in {self.url} is damaged: {what}. Run `kdhiera cache verify "
+            f"{self.url} --repair` to drop what is damaged, then `kdhiera extract-teachers CONFIG` "
+            "to make it anew"
         )
 
+    def _parse(self, part: PartId, keys: Iterable[str]) -> PartCommits | None:
+        base: BaseCommit | None = None
+        columns: dict[str, ColumnCommit] = {}
+        for key, data in zip(keys, self.store.read_many(keys), strict=True):
+            if data is None:  # dropped since it was listed
+                continue
+            try:
+                commit, made_under = parse_commit(data, f"{self.url}/{key}")
+            except DamagedError as error:
+                raise self.damaged(part, str(error)) from None
+            known = self._checked(part, key, commit, made_under)
+            if isinstance(known, BaseCommit):
+                base = known
+            elif known is not None:
+                columns[known.column] = known
+        if base is None:
+            if columns:
+                raise self.damaged(part, f"columns {', '.join(columns)} have no base record")
+            return None
+        for column in columns.values():
+            if column.base_sha256 != base.sha256:
+                raise self.damaged(part, f"column {column.column} belongs to another base record")
+            self.columns.check_basis(column.column, column.basis_sha256)
+        return PartCommits(base=base, columns=columns)
 
-def _folders(path: Path) -> Iterator[os.DirEntry[str]]:
-    with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
-        yield from (e for e in entries if e.is_dir(follow_symlinks=False))
+    def _checked(self, part: PartId, key: str, commit: Commit, made_under: str) -> Commit | None:
+        if commit.part != part or key != commit_file(part, commit.column):
+            raise self.damaged(part, f"{self.url}/{key} is the record of {commit.part}")
+        wanted = self.fingerprint
+        if commit.column is not None:
+            known = self.columns.fingerprint(commit.column)
+            if known is None:
+                return None
+            wanted = known
+        if made_under != wanted:
+            raise self.damaged(part, f"{self.url}/{key} was committed under another identity")
+        return commit
 
 
-def _record_files(folder: Path) -> list[Path]:
-    """Commit records of a part; those that are being written have hidden names."""
+@dataclass(frozen=True, kw_only=True)
+class FileProblem:
+    """A file of a part that is missing or wrong.
+
+    Args:
+        what: In words.
+        key: The file.
+        commits: Base or columns that need it.
+    """
+
+    what: str
+    key: str
+    commits: tuple[Commit, ...]
+
+
+def _part_of(key: str) -> PartId:
+    _, shard_id, view, _ = key.split("/")
+    return PartId(shard_id=shard_id, view=int(view))
+
+
+def _made_for(store: Store, wanted: str) -> bool:
+    """Whether the commits of a cache that lost its `cache.json` were made for this identity."""
+    bases = [e.key for e in store.walk(COMMITS) if e.key.endswith("/base.json")]
+    if not bases:
+        return False
     try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    return [folder / n for n in sorted(names) if n.endswith(".json") and not n.startswith(".")]
+        made = {parse_commit(store.read(key), key)[1] for key in bases}
+    except DamagedError:
+        return False
+    return made == {wanted}

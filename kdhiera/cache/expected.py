@@ -9,16 +9,14 @@ without a shard being there.
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from kdhiera.cache.commit import Cache
-from kdhiera.storage import make_folder, write_atomic
-
-FOLDER = "shards"
+from kdhiera.cache.layout import SHARDS
+from kdhiera.cache.records import redact, seal, unseal
 
 
 def expect_shard(cache: Cache, shard_id: str, *, path: str) -> None:
@@ -29,10 +27,8 @@ def expect_shard(cache: Cache, shard_id: str, *, path: str) -> None:
         shard_id: Identity of the shard.
         path: Where it lies now; the latest word counts.
     """
-    folder = cache.root / FOLDER
-    make_folder(folder)
-    record = {"path": os.path.abspath(path), "time": time.time()}
-    write_atomic(folder / shard_id, json.dumps(record).encode())
+    record = {"path": _absolute(path), "time": time.time()}
+    cache.store.write(f"{SHARDS}/{shard_id}", seal(record))
 
 
 def expected_shards(cache: Cache, patterns: Sequence[str]) -> frozenset[str]:
@@ -49,15 +45,31 @@ def expected_shards(cache: Cache, patterns: Sequence[str]) -> frozenset[str]:
         all there are.
     """
     newest: dict[str, tuple[float, str]] = {}
-    folder = cache.root / FOLDER
-    for file in folder.iterdir() if folder.is_dir() else ():
-        if not file.name.startswith("."):
-            record = json.loads(file.read_bytes())
-            path = record["path"]
-            newest[path] = max(newest.get(path, (0.0, "")), (record["time"], file.name))
-    wanted = [os.path.abspath(pattern) for pattern in patterns]
+    for shard_id, (path, when) in shard_records(cache).items():
+        newest[path] = max(newest.get(path, (0.0, "")), (when, shard_id))
+    wanted = [_absolute(pattern) for pattern in patterns]
     chosen = {p: i for p, (_, i) in newest.items() if any(_matches(p, w) for w in wanted)}
     return frozenset((chosen or {p: i for p, (_, i) in newest.items()}).values())
+
+
+def shard_records(cache: Cache) -> dict[str, tuple[str, float]]:
+    """Where every shard that was asked for lay, and when that was noted, by shard id.
+
+    Raises:
+        DamagedError: If a record is damaged.
+    """
+    names = cache.store.names(SHARDS)
+    found = cache.store.read_many(f"{SHARDS}/{name}" for name in names)
+    records = {
+        name: unseal(data, f"{cache.url}/{SHARDS}/{name}")
+        for name, data in zip(names, found, strict=True)
+        if data is not None
+    }
+    return {name: (record["path"], record["time"]) for name, record in records.items()}
+
+
+def _absolute(path: str) -> str:
+    return redact(path) if "://" in path else os.path.abspath(path)
 
 
 def _matches(path: str, pattern: str) -> bool:

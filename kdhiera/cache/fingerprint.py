@@ -17,7 +17,7 @@ from typing import Any
 from kdhiera.cache.layout import FORMAT
 from kdhiera.config import RunConfig
 from kdhiera.grid import Grid
-from kdhiera.masking import MaskPlan, Scope, Strategy
+from kdhiera.masking import MaskPlan, PlannedMasks, Scope, Strategy
 from kdhiera.views import CropPolicy, FramePolicy
 
 Identity = dict[str, Any]
@@ -71,6 +71,14 @@ def differences(
     ]
 
 
+def base_differences(
+    want: Mapping[str, object], has: Mapping[str, object], *, declared_only: bool = False
+) -> list[Difference]:
+    """Differences of two bases but for their masks, of which one may contain the other."""
+    first, second = ({k: v for k, v in base.items() if k != "masks"} for base in (want, has))
+    return differences(first, second, declared_only=declared_only)
+
+
 def table(rows: Sequence[Difference]) -> str:
     """Plain text: `field  want  cache has`, one difference a line."""
     cells = [("field", "want", "cache has"), *((r.field, r.want, r.has) for r in rows)]
@@ -98,13 +106,11 @@ def declared_base(config: RunConfig) -> Identity:
         views |= {"crop_scale": v.crop_scale, "crop_ratio": v.crop_ratio}
     masks: Identity = {"keep": m.keep}
     if m.keep == "plan":
-        masks |= {
-            "strategies": sorted(set(m.strategies)),
-            "ratio": m.ratio,
-            "draws": m.draws,
-            "scope": m.scope,
-            "seed": m.seed,
-        }
+        planned = [
+            {"strategy": e.strategy, "ratio": e.ratio, "draws": e.num_masks}
+            for e in m.plan.entries
+        ]
+        masks |= {"planned": planned, "scope": m.scope, "seed": m.seed}
     scores: Identity = {"source": config.scores.source}
     if config.scores.source != "uniform":
         scores["teacher"] = _declared_teacher(config, config.scores.teacher)
@@ -151,6 +157,8 @@ def declared_column(config: RunConfig, teacher: str, layer: str) -> Identity:
         "layer": layer,
         "encoding": config.cache.encoding,
     }
+    if config.cache.encoding == "compact":
+        identity["compact_error"] = config.cache.compact_error
     if config.teachers[teacher].precision != "auto":
         identity["precision"] = config.teachers[teacher].precision
     return identity
@@ -192,15 +200,13 @@ def grid_of(identity: Mapping[str, Any]) -> Grid:
 def mask_plan_of(identity: Mapping[str, Any]) -> MaskPlan:
     """What a base keeps; every strategy, ratio and draw is covered where all is kept."""
     masks = identity["masks"]
-    everything = masks["keep"] == "all"
-    return MaskPlan(
-        strategies=() if everything else tuple(Strategy(s) for s in masks["strategies"]),
-        scope=Scope.SLOT if everything else Scope(masks["scope"]),
-        ratio=0.0 if everything else masks["ratio"],
-        draws=0 if everything else masks["draws"],
-        seed=0 if everything else masks["seed"],
-        keep_all=everything,
+    if masks["keep"] == "all":
+        return MaskPlan(entries=(), scope=Scope.SLOT, seed=0, keep_all=True)
+    entries = tuple(
+        PlannedMasks(strategy=Strategy(e["strategy"]), ratio=e["ratio"], draws=e["draws"])
+        for e in masks["planned"]
     )
+    return MaskPlan(entries=entries, scope=Scope(masks["scope"]), seed=masks["seed"], keep_all=False)
 
 
 def _declared_teacher(config: RunConfig, name: str) -> Identity:

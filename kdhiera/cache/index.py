@@ -18,6 +18,7 @@ from kdhiera.cache.arrays import read_array
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.layout import ColumnStatus, PartId, column_group
 from kdhiera.cache.records import PartCommits
+from kdhiera.cache.snapshot import Snapshot
 from kdhiera.cache.table import read_columns
 from kdhiera.errors import MismatchError
 from kdhiera.views import RowStatus
@@ -98,6 +99,7 @@ def build_index(
     columns: Sequence[str],
     shards: Collection[str] | None,
     allow_partial: bool,
+    snapshot: Snapshot | None = None,
 ) -> Index:
     """List what is committed and number its trainable samples.
 
@@ -107,12 +109,17 @@ def build_index(
         columns: Columns asked for.
         shards: Shard ids asked for; None means all that the cache has a part of.
         allow_partial: Leave out shards that lack a view or a column instead of refusing.
+        snapshot: Read exactly these commits; `shards` and `allow_partial` then say nothing.
 
     Raises:
         MismatchError: If something asked for is not committed, or nothing is there.
         DamagedError: If a record or status is damaged, or views of a shard disagree.
     """
-    found = cache.commits()
+    if snapshot is None:
+        found = cache.commits()
+    else:
+        snapshot.check(num_views=num_views, columns=columns)
+        found, shards = snapshot.find(cache), None
     names = sorted({p.shard_id for p in found} if shards is None else set(shards))
     missing: dict[PartId, tuple[str, ...]] = {}
     used: dict[str, list[PartCommits]] = {}
@@ -126,7 +133,7 @@ def build_index(
         raise MismatchError(_explain_missing(cache, missing))
     if not used:
         raise MismatchError(
-            f"the cache in {cache.root} has no shard with {num_views} views and the columns "
+            f"the cache in {cache.url} has no shard with {num_views} views and the columns "
             f"{', '.join(columns) or '(none)'}: run `kdhiera extract-teachers CONFIG`"
         )
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -150,7 +157,7 @@ def _explain_missing(cache: Cache, missing: Mapping[PartId, tuple[str, ...]]) ->
     if len(missing) > _NAMED:
         shown.append(f"and {len(missing) - _NAMED:,} parts more")
     return (
-        f"the cache in {cache.root} does not have all that this run asks for: {'; '.join(shown)}. "
+        f"the cache in {cache.url} does not have all that this run asks for: {'; '.join(shown)}. "
         "Run `kdhiera extract-teachers CONFIG` to fill it, or set cache.allow_partial=true to "
         "train on what is there"
     )

@@ -3,6 +3,7 @@
     CACHE/
       cache.json                                    identity of the base
       columns/<column>/column.json                  identity of a column
+      columns/<column>/basis.npz                    what it needs before its first part
       parts/<shard-id>/<view>/<attempt>/            what one attempt wrote
           attempt.json                              when it began, its lease
           rows.parquet                              one row per sample, good or bad
@@ -11,6 +12,7 @@
           stats.npz                                 channel statistics of its columns
       commits/<shard-id>/<view>/base.json           the commit points
       commits/<shard-id>/<view>/<column>.json
+      shards/<shard-id>                             a shard that was asked for
 
 A column is named `<teacher>.<layer>.<encoding>`, so two encodings of one layer lie side
 by side, in the cache and inside a part.
@@ -21,11 +23,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
 
 import numpy as np
 
-from kdhiera.grid import TOKENS_PER_UNIT, TUBELET_FRAMES, UNIT_PX, Grid
+from kdhiera.grid import TUBELET_FRAMES, UNIT_PX, Grid
 
 FORMAT = 1
 ZARR_SHARD_ROWS = 128
@@ -85,12 +86,14 @@ class ArraySpec:
         axes: Names of all axes, rows included.
         row_chunks: Whether a row is a chunk of its own, read alone; otherwise an array
             is small and chunked by the thousand rows.
+        order: Order in which the axes of a chunk are stored, rows included; None is theirs.
     """
 
     shape: tuple[int, ...]
     dtype: str
     axes: tuple[str, ...]
     row_chunks: bool = True
+    order: tuple[int, ...] | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -135,39 +138,46 @@ def column_group(column: str) -> str:
     return f"targets.zarr/{name.teacher}/{name.layer}.{name.encoding}"
 
 
-def cache_file(root: Path) -> Path:
-    """Identity of the base."""
-    return root / "cache.json"
+CACHE_FILE = "cache.json"  # identity of the base
+COLUMNS = "columns"  # holds a folder for every column
+COMMITS = "commits"  # holds all commit points
+PARTS = "parts"  # holds what attempts wrote
+SHARDS = "shards"  # holds which shards were asked for
 
 
-def columns_folder(root: Path) -> Path:
-    """Holds a folder for every column."""
-    return root / "columns"
+def column_folder(column: str) -> str:
+    """Holds what a column is."""
+    return f"{COLUMNS}/{column}"
 
 
-def column_file(root: Path, column: str) -> Path:
+def column_file(column: str) -> str:
     """Identity of a column."""
-    return columns_folder(root) / column / "column.json"
+    return f"{column_folder(column)}/column.json"
 
 
-def commits_folder(root: Path) -> Path:
-    """Holds all commit points."""
-    return root / "commits"
+def basis_file(column: str) -> str:
+    """What a column needs before its first part."""
+    return f"{column_folder(column)}/basis.npz"
 
 
-def commit_folder(root: Path, part: PartId) -> Path:
+def commit_folder(part: PartId) -> str:
     """Holds the commit points of a part; without it the part is not there."""
-    return commits_folder(root) / part.shard_id / str(part.view)
+    return f"{COMMITS}/{part.shard_id}/{part.view}"
 
 
-def commit_file(root: Path, part: PartId, column: str | None) -> Path:
+def commit_file(part: PartId, column: str | None) -> str:
     """Commit point of a column, or of the base where `column` is None."""
-    return commit_folder(root, part) / f"{'base' if column is None else column}.json"
+    return f"{commit_folder(part)}/{'base' if column is None else column}.json"
 
 
-def attempt_folder(root: Path, part: PartId, attempt: str) -> Path:
+def part_folder(part: PartId) -> str:
+    """Holds all attempts at a part."""
+    return f"{PARTS}/{part.shard_id}/{part.view}"
+
+
+def attempt_folder(part: PartId, attempt: str) -> str:
     """What one attempt at a part wrote."""
-    return root / "parts" / part.shard_id / str(part.view) / attempt
+    return f"{part_folder(part)}/{attempt}"
 
 
 def is_chunk_file(file: str) -> bool:
@@ -198,25 +208,4 @@ def base_arrays(grid: Grid, max_kept: int) -> dict[str, ArraySpec]:
     }
 
 
-def column_arrays(encoding: str, *, max_kept: int, width: int) -> dict[str, ArraySpec]:
-    """Arrays of a column's group.
-
-    Args:
-        encoding: Name of the encoding.
-        max_kept: Bound on the kept units of a row, `K`.
-        width: Channels of the teacher's layer, `C`.
-
-    Raises:
-        ValueError: If the encoding is not known.
-    """
-    tokens = (max_kept, TOKENS_PER_UNIT)
-    axes = ("row", "kept_unit", "token", "channel")
-    status = ArraySpec(shape=(), dtype="uint8", axes=("row",), row_chunks=False)
-    if encoding == "fp32":
-        codes = ArraySpec(shape=(*tokens, width), dtype="float32", axes=axes)
-        return {"codes": codes, "status": status}
-    if encoding == "int8":
-        codes = ArraySpec(shape=(*tokens, width), dtype="int8", axes=axes)
-        scale = ArraySpec(shape=tokens, dtype="float32", axes=axes[:3])
-        return {"codes": codes, "scale": scale, "status": status}
-    raise ValueError(f"no encoding is named {encoding!r}; there are fp32 and int8")
+STATUS = ArraySpec(shape=(), dtype="uint8", axes=("row",), row_chunks=False)

@@ -9,14 +9,13 @@ the reader opened is what it reads, whatever is added meanwhile.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,17 +24,17 @@ from jaxtyping import Float32, Int, Int16
 
 from kdhiera.cache.arrays import open_array, read_array
 from kdhiera.cache.commit import Cache
+from kdhiera.cache.encoding import Codec
 from kdhiera.cache.index import ShardIndex, build_index
 from kdhiera.cache.layout import (
     ArraySpec,
     PartId,
     base_arrays,
-    column_arrays,
     column_group,
-    parse_column,
 )
 from kdhiera.cache.records import BaseCommit, PartCommits
 from kdhiera.cache.rows import KeptRows
+from kdhiera.cache.snapshot import Snapshot, take
 from kdhiera.cache.stats import ChannelStatistics, from_npz, merge
 from kdhiera.cache.table import Row, read_columns
 from kdhiera.errors import DamagedError
@@ -81,7 +80,9 @@ def read_base(cache: Cache, base: BaseCommit) -> BaseRows:
 
 
 class CacheReader:
-    """Rows of a cache by sample number; safe to use from several threads.
+    """Rows of a cache by sample number; safe to use from several threads and processes.
+
+    A reader that is sent to another process opens its files there.
 
     Args:
         cache: A cache whose identity was checked against the run (`Cache.check`,
@@ -90,9 +91,12 @@ class CacheReader:
         columns: Columns asked for.
         shards: Shard ids asked for; None means all that the cache has a part of.
         allow_partial: Leave out shards that lack a view or a column instead of refusing.
+        snapshot: Commits that an earlier reader took, to read exactly these; then `shards` and
+            `allow_partial` say nothing.
 
     Raises:
-        MismatchError: If something asked for is not committed, or nothing is there.
+        MismatchError: If something asked for is not committed, or nothing is there, or a
+            commit of the snapshot is gone.
         DamagedError: If a record is damaged or views of a shard disagree.
     """
 
@@ -104,23 +108,50 @@ class CacheReader:
         columns: Sequence[str],
         shards: Collection[str] | None = None,
         allow_partial: bool = False,
+        snapshot: Snapshot | None = None,
     ) -> None:
         index = build_index(
-            cache, num_views=num_views, columns=columns, shards=shards, allow_partial=allow_partial
+            cache,
+            num_views=num_views,
+            columns=columns,
+            shards=shards,
+            allow_partial=allow_partial,
+            snapshot=snapshot,
         )
         self.cache = cache
         self.num_views = num_views
         self.columns = tuple(columns)
         self.coverage = index.coverage
-        self.snapshot_sha256 = _snapshot_sha256(index.parts, columns)
         self._shards = index.shards
         self._parts = index.parts
         self._starts = np.cumsum([0, *(s.num_samples for s in index.shards)])
         self._widths = {c: _width(index.parts, c) for c in columns}
+        self._codecs = {c: cache.columns.codec(c, width) for c, width in self._widths.items()}
+        self._checked: set[PartId] = set()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What belongs to one process."""
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": _INDEX_CACHE_BYTES}})
         self._opened: OrderedDict[PartId, _OpenPart] = OrderedDict()
-        self._checked: set[PartId] = set()
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_context", "_opened", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._prepare()
+
+    @cached_property
+    def snapshot(self) -> Snapshot:
+        """The commits that are read, by name."""
+        return take(self._parts, num_views=self.num_views, columns=self.columns)
+
+    @cached_property
+    def snapshot_sha256(self) -> str:
+        """Hash over the records of all that is read."""
+        return self.snapshot.sha256
 
     @property
     def num_samples(self) -> int:
@@ -199,14 +230,13 @@ class CacheReader:
         with ThreadPoolExecutor(_THREADS) as pool:
             return merge(pool.map(load, sorted(self._parts)), self._widths[column])
 
+    def codec(self, column: str) -> Codec:
+        """How a column that the reader was opened with is stored."""
+        return self._codecs[column]
+
     def _column_specs(self, column: str) -> dict[str, ArraySpec]:
         """Arrays of a column that travel with a batch: all but its status."""
-        specs = column_arrays(
-            parse_column(column).encoding,
-            max_kept=self.cache.max_kept,
-            width=self._widths[column],
-        )
-        return {name: spec for name, spec in specs.items() if name != "status"}
+        return self._codecs[column].specs(self.cache.max_kept)
 
     def _empty(self, specs: Mapping[str, ArraySpec], rows: int) -> dict[str, np.ndarray]:
         return {n: np.empty((rows, *spec.shape), spec.dtype) for n, spec in specs.items()}
@@ -254,20 +284,18 @@ class CacheReader:
         commits = self._parts[part]
         columns = {column: commits.columns[column] for column in self.columns}
         if part not in self._checked:
-            self.cache.check_files(commits.base)
-            for commit in columns.values():
-                self.cache.check_files(commit)
+            self.cache.check_files(commits.base, *columns.values())
             self._checked.add(part)
         try:
             return _OpenPart(
                 uids=self._read_rows(commits.base, "uid")["uid"],
                 base=self._open_arrays(
-                    self.cache.folder(commits.base) / "base.zarr",
+                    f"{self.cache.folder(commits.base)}/base.zarr",
                     base_arrays(self.cache.grid, self.cache.max_kept),
                 ),
                 columns={
                     column: self._open_arrays(
-                        self.cache.folder(commit) / column_group(column),
+                        f"{self.cache.folder(commit)}/{column_group(column)}",
                         self._column_specs(column),
                     )
                     for column, commit in columns.items()
@@ -276,8 +304,9 @@ class CacheReader:
         except ValueError as error:
             raise self.cache.damaged(part, str(error)) from None
 
-    def _open_arrays(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:
-        return {name: open_array(folder / name, self._context) for name in names}
+    def _open_arrays(self, folder: str, names: Iterable[str]) -> dict[str, Any]:
+        stores = {name: self.cache.store.kvstore(f"{folder}/{name}") for name in names}
+        return {name: open_array(store, self._context) for name, store in stores.items()}
 
 
 def _width(parts: Mapping[PartId, PartCommits], column: str) -> int:
@@ -285,13 +314,3 @@ def _width(parts: Mapping[PartId, PartCommits], column: str) -> int:
     if len(widths) != 1:
         raise DamagedError(f"parts of column {column} have different widths: {sorted(widths)}")
     return widths.pop()
-
-
-def _snapshot_sha256(parts: Mapping[PartId, PartCommits], columns: Sequence[str]) -> str:
-    """Hash over the records of all that is read."""
-    digest = hashlib.sha256()
-    for part in sorted(parts):
-        commits = parts[part]
-        hashes = [commits.base.sha256, *(commits.columns[c].sha256 for c in sorted(columns))]
-        digest.update(f"{part.shard_id}\n{part.view}\n{' '.join(hashes)}\n".encode())
-    return digest.hexdigest()

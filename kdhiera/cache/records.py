@@ -11,13 +11,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from kdhiera.cache.fingerprint import canonical_json
 from kdhiera.cache.layout import PartId
 from kdhiera.errors import DamagedError
+
+Versions = tuple[tuple[str, str], ...]
 
 _HEAD, _MIDDLE, _TAIL = b'{"body":', b',"sha256":"', b'"}\n'
 _SEAL_BYTES = len(_MIDDLE) + 64 + len(_TAIL)
@@ -54,6 +56,7 @@ class BaseCommit:
         samples_digest: Hash of which samples there are.
         rows_digest: Hash of all that a column depends on.
         num_bytes: Bytes of its files.
+        versions: Versions of what made it, as (package, version), sorted.
         source: The shard.
     """
 
@@ -66,6 +69,7 @@ class BaseCommit:
     samples_digest: str
     rows_digest: str
     num_bytes: int
+    versions: Versions
     source: SourceInfo
 
     @property
@@ -87,6 +91,8 @@ class ColumnCommit:
         width: Channels.
         statuses: Good rows by column status.
         num_bytes: Bytes of its files.
+        versions: Versions of what made it, as (package, version), sorted.
+        basis_sha256: Of the basis it was encoded with; None if its encoding needs none.
     """
 
     part: PartId
@@ -97,6 +103,8 @@ class ColumnCommit:
     width: int
     statuses: Mapping[str, int]
     num_bytes: int
+    versions: Versions
+    basis_sha256: str | None
 
 
 Commit = BaseCommit | ColumnCommit
@@ -132,7 +140,7 @@ def seal(body: Mapping[str, object]) -> bytes:
     return b"".join((_HEAD, data, _MIDDLE, hashlib.sha256(data).hexdigest().encode(), _TAIL))
 
 
-def unseal(data: bytes, path: Path) -> dict[str, Any]:
+def unseal(data: bytes, path: str) -> dict[str, Any]:
     """Inverse of `seal`.
 
     Args:
@@ -150,7 +158,7 @@ def unseal(data: bytes, path: Path) -> dict[str, Any]:
     return record
 
 
-def parse_commit(data: bytes, path: Path) -> tuple[Commit, str]:
+def parse_commit(data: bytes, path: str) -> tuple[Commit, str]:
     """A commit record without its list of files.
 
     Args:
@@ -167,6 +175,7 @@ def parse_commit(data: bytes, path: Path) -> tuple[Commit, str]:
     part = PartId(shard_id=body["shard_id"], view=body["view"])
     sha256 = hashlib.sha256(data).hexdigest()
     num_bytes = sum(size for size, _ in body["files"].values())
+    versions = _shared(tuple(sorted(body["provenance"].get("versions", {}).items())))
     if body["kind"] == "base":
         source = body["source"]
         base = BaseCommit(
@@ -179,6 +188,7 @@ def parse_commit(data: bytes, path: Path) -> tuple[Commit, str]:
             samples_digest=body["samples_digest"],
             rows_digest=body["rows_digest"],
             num_bytes=num_bytes,
+            versions=versions,
             source=SourceInfo(**{**source, "problems": tuple(source["problems"])}),
         )
         return base, body["fingerprint"]
@@ -191,8 +201,16 @@ def parse_commit(data: bytes, path: Path) -> tuple[Commit, str]:
         width=body["width"],
         statuses=body["statuses"],
         num_bytes=num_bytes,
+        versions=versions,
+        basis_sha256=body.get("basis_sha256"),
     )
     return column, body["fingerprint"]
+
+
+@cache
+def _shared(versions: Versions) -> Versions:
+    """One copy of equal versions: a large cache has tens of thousands of records."""
+    return versions
 
 
 def redact(path: str) -> str:

@@ -9,12 +9,11 @@ process dies, its folder is garbage and another attempt starts from nothing.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from types import TracebackType
 
 import google_crc32c
@@ -25,13 +24,13 @@ from torch import Tensor
 
 from kdhiera.cache.arrays import ArrayWriter, create_group, read_array
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.encoding import ENCODINGS
+from kdhiera.cache.encoding import Codec
 from kdhiera.cache.layout import (
+    STATUS,
     ColumnStatus,
     PartId,
     attempt_folder,
     base_arrays,
-    column_arrays,
     column_group,
     commit_file,
     parse_column,
@@ -40,11 +39,9 @@ from kdhiera.cache.records import BaseCommit, SourceInfo, redact, seal
 from kdhiera.cache.stats import ChannelStatistics, merge, to_npz
 from kdhiera.cache.table import Row, count_statuses, rows_digest, samples_digest, to_parquet
 from kdhiera.errors import KdhieraError, MismatchError
-from kdhiera.storage import disk_errors, make_folder, put_if_absent, sync_folder, write_atomic
+from kdhiera.storage import disk_errors, write_atomic
+from kdhiera.stores import Files
 from kdhiera.views import RowStatus
-
-Files = dict[str, tuple[int, int]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class CommitResult:
@@ -70,13 +67,21 @@ class CommitResult:
 class _ColumnWriter:
     """The arrays of one column and what was seen of it."""
 
-    def __init__(self, column: str, arrays: Mapping[str, ArrayWriter], width: int) -> None:
+    def __init__(
+        self,
+        arrays: Mapping[str, ArrayWriter],
+        *,
+        width: int,
+        codec: Codec,
+        basis_sha256: str | None,
+    ) -> None:
         self.arrays = arrays
         self.width = width
+        self.codec = codec
+        self.basis_sha256 = basis_sha256
         self.num_rows = 0
         self.statuses = np.zeros(len(ColumnStatus), np.int64)
         self.statistics = merge((), width)
-        self.encode = ENCODINGS[parse_column(column).encoding].encode
 
 
 class Attempt:
@@ -85,7 +90,7 @@ class Attempt:
     Leaving the context without `commit` abandons the attempt.
 
     Args:
-        cache: Where to write; it must know the columns (`Cache.ensure_column`).
+        cache: Where to write; it must know the columns (`Columns.ensure`) and their bases.
         part: Which part.
         source: The shard as it is read now.
         columns: Width of every column to write, by column id.
@@ -125,9 +130,9 @@ class Attempt:
         self._ended = False
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         self.attempt = f"{stamp}-{secrets.token_hex(6)}"
-        self.folder = attempt_folder(cache.root, part, self.attempt)
-        with disk_errors(cache.root):
-            make_folder(self.folder)
+        self._key = attempt_folder(part, self.attempt)
+        self.folder = cache.store.stage(self._key)
+        with disk_errors(self.folder):
             lease = {"kind": "attempt", "began": time.time(), "lease_seconds": lease_seconds}
             write_atomic(self.folder / "attempt.json", seal(lease))
             self._base = {} if base else self._create_base()
@@ -171,7 +176,7 @@ class Attempt:
         assert len(units) == len(scores) == len(pixels) == good, (len(units), good)
         numbers = units.astype(np.int16)
         kept = np.where((numbers < 0)[:, :, None, None, None, None], np.uint8(0), pixels)
-        with disk_errors(self.cache.root):
+        with disk_errors(self.folder):
             self._base["units"].append(numbers)
             self._base["scores"].append(scores)
             self._base["pixels"].append(kept)
@@ -189,22 +194,26 @@ class Attempt:
             features: Raw features of the kept units; what stands at padded units, and in
                 rows whose status is not ok, is not stored.
             status: A `ColumnStatus` for every row. An ok row with a value that is not
-                finite becomes `nonfinite` here.
+                finite becomes `nonfinite` here, one beyond the encoding's range `overflow`.
         """
         target = self._columns[column]
         start, stop = target.num_rows, target.num_rows + len(features)
         assert stop <= self.num_good, "append the rows before their features"
         if start == stop:
             return
-        padded = torch.from_numpy(np.stack(self._units[start:stop]) < 0).to(features.device)
-        kept = features.masked_fill(padded[:, :, None, None], 0.0)
+        units = torch.from_numpy(np.stack(self._units[start:stop]).astype(np.int64))
+        units = units.to(features.device)
+        kept = features.masked_fill((units < 0)[:, :, None, None], 0.0)
         finite = kept.flatten(1).abs().amax(1).isfinite().cpu().numpy()
         status = status.astype(np.uint8)
         status[(status == ColumnStatus.OK) & ~finite] = ColumnStatus.NONFINITE
         lost = torch.from_numpy(status != ColumnStatus.OK).to(features.device)
-        encoded = target.encode(kept.masked_fill(lost[:, None, None, None], 0.0))
-        with disk_errors(self.cache.root):
-            for name, values in encoded.items():
+        codec = target.codec.to(features.device)
+        encoded = codec.encode(kept.masked_fill(lost[:, None, None, None], 0.0), units)
+        beyond = ~encoded.representable.cpu().numpy()
+        status[(status == ColumnStatus.OK) & beyond] = ColumnStatus.OVERFLOW
+        with disk_errors(self.folder):
+            for name, values in encoded.arrays.items():
                 target.arrays[name].append(values.cpu().numpy())
             target.arrays["status"].append(status)
         target.statuses += np.bincount(status, minlength=len(ColumnStatus))
@@ -236,12 +245,14 @@ class Attempt:
             KdhieraError: If what was written does not read back, the disk is full, or the
                 lease has run out. Nothing was published then.
         """
-        with disk_errors(self.cache.root):
+        with disk_errors(self.folder):
             written = self._finish()
-            files = sync_folder(self.folder)
-        self._verify(files, written)
+        self._verify()
+        files = self.cache.store.keep(self._key, self.folder)
+        self._check_kept(files, written)
         self._check_lease()
         self._ended = True  # from here on a record may name this folder: it stays
+        store = self.cache.store
         base = self._bound_to or self._publish_base(files)
         won = base.attempt == self.attempt
         same = won or base is self._bound_to or base.rows_digest == self._rows_digest
@@ -250,10 +261,10 @@ class Attempt:
             self._check_lease()
             published = [c for c in self._columns if self._publish_column(c, files, base)]
         if not won and not published:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            store.delete_folder(self._key)
         elif not won and self._base:  # equal rows are kept once: the winner's
-            shutil.rmtree(self.folder / "base.zarr")
-            (self.folder / "rows.parquet").unlink()
+            store.delete_folder(f"{self._key}/base.zarr")
+            store.delete([f"{self._key}/rows.parquet"])
         sizes = _base_files(files) if won else {}
         for column in published:
             sizes = sizes | _column_files(files, column)
@@ -269,7 +280,7 @@ class Attempt:
         """Give up before `commit`: remove the attempt's folder as far as that is possible."""
         assert not self._ended, "a commit may name this attempt"
         self._ended = True
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.cache.store.discard(self._key, self.folder)
 
     @property
     def _rows_digest(self) -> str:
@@ -292,11 +303,16 @@ class Attempt:
             name = parse_column(column)
             create_group(
                 folder,
-                {**asdict(name), "fingerprint": self.cache.column_fingerprint(column)},
+                {**asdict(name), "fingerprint": self.cache.columns.fingerprint(column)},
             )
-            specs = column_arrays(name.encoding, max_kept=self.cache.max_kept, width=width)
-            arrays = {n: ArrayWriter(folder, n, spec) for n, spec in specs.items()}
-            writers[column] = _ColumnWriter(column, arrays, width)
+            codec = self.cache.columns.codec(column, width)
+            specs = {**codec.specs(self.cache.max_kept), "status": STATUS}
+            writers[column] = _ColumnWriter(
+                {n: ArrayWriter(folder, n, spec) for n, spec in specs.items()},
+                width=width,
+                codec=codec,
+                basis_sha256=self.cache.columns.basis_sha256(column),
+            )
         return writers
 
     def _array_writers(self) -> list[ArrayWriter]:
@@ -319,13 +335,19 @@ class Attempt:
             write_atomic(self.folder / name, data)
         return written
 
-    def _verify(self, files: Files, written: Mapping[str, bytes]) -> None:
-        wrong = [
-            name
-            for name, data in written.items()
-            if files[name] != (len(data), google_crc32c.value(data))
-        ]
-        wrong += [problem for array in self._array_writers() if (problem := array.verify())]
+    def _verify(self) -> None:
+        self._refuse([problem for array in self._array_writers() if (problem := array.verify())])
+
+    def _check_kept(self, files: Files, written: Mapping[str, bytes]) -> None:
+        self._refuse(
+            [
+                name
+                for name, data in written.items()
+                if files[name] != (len(data), google_crc32c.value(data))
+            ]
+        )
+
+    def _refuse(self, wrong: Sequence[str]) -> None:
         if wrong:
             raise KdhieraError(
                 f"part {self.part} was not committed: what was written to {self.folder} reads "
@@ -351,14 +373,14 @@ class Attempt:
             "rows_digest": self._rows_digest,
             "files": _base_files(files),
         }
-        _publish(commit_file(self.cache.root, self.part, None), seal(body))
+        self.cache.store.create(commit_file(self.part, None), seal(body))
         return _committed_base(self.cache, self.part)
 
     def _publish_column(self, column: str, files: Files, base: BaseCommit) -> bool:
         """Publish a column unless there is one; returns whether it is this attempt's."""
         target = self._columns[column]
         body = {
-            **self._record("column", self.cache.column_fingerprint(column)),
+            **self._record("column", self.cache.columns.fingerprint(column)),
             "column": column,
             "base_sha256": base.sha256,
             "width": target.width,
@@ -367,9 +389,27 @@ class Attempt:
                 for status, count in zip(ColumnStatus, target.statuses, strict=True)
                 if count
             },
+            "basis_sha256": target.basis_sha256,
             "files": _column_files(files, column),
         }
-        return _publish(commit_file(self.cache.root, self.part, column), seal(body))
+        key = commit_file(self.part, column)
+        ours = self.cache.store.create(key, seal(body))
+        if ours and not self._still_wanted(column, base):
+            self.cache.store.delete([key])
+            raise KdhieraError(
+                f"part {self.part}: column {column} or its rows were removed from the cache while "
+                "they were being extracted; run the same command again"
+            )
+        return ours
+
+    def _still_wanted(self, column: str, base: BaseCommit) -> bool:
+        """Whether what the column was bound to is still there: it may have been dropped."""
+        try:
+            record = self.cache.store.read(commit_file(self.part, None))
+        except FileNotFoundError:
+            return False
+        same_base = hashlib.sha256(record).hexdigest() == base.sha256
+        return same_base and self.cache.columns.still_there(column)
 
     def _record(self, kind: str, fingerprint: str) -> dict[str, object]:
         return {
@@ -388,20 +428,6 @@ def kept_crc32c(units: Int[np.ndarray, " k"], pixels: UInt8[np.ndarray, "k 2 32 
     """
     checksum = google_crc32c.value(np.ascontiguousarray(units, dtype=np.int16))
     return int(google_crc32c.extend(checksum, np.ascontiguousarray(pixels)))
-
-
-def _publish(path: Path, record: bytes) -> bool:
-    """Create a record; where the answer is an error, what is there then decides.
-
-    Returns:
-        Whether the record there is this one.
-    """
-    try:
-        put_if_absent(path, record)
-    except OSError:
-        if not path.exists():
-            raise
-    return path.read_bytes() == record
 
 
 def _base_files(files: Files) -> Files:

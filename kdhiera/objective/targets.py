@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,12 +22,24 @@ class ChannelMoments:
     """Moments of a column over all tokens of its good rows.
 
     Args:
-        mean: Per channel.
-        std: Per channel, population form.
+        mean: Per channel, float64 as merged.
+        std: Per channel, population form, float64.
+        count: Tokens that they are of.
     """
 
     mean: Float[Tensor, " c"]
     std: Float[Tensor, " c"]
+    count: int
+
+    def state_dict(self) -> dict[str, int | Tensor]:
+        """As a checkpoint keeps them."""
+        return {"count": self.count, "mean": self.mean.cpu(), "std": self.std.cpu()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> ChannelMoments:
+        """Inverse of `state_dict`."""
+        mean, std = (state[name].to(device) for name in ("mean", "std"))
+        return cls(mean=mean, std=std, count=state["count"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +53,8 @@ class TargetSpec:
         column: Column id in the batches.
         width: Channels.
         weight: The teacher's share of the total; the same for all layers of a teacher.
-        decode: A column's arrays to float32 features `[b, k, 4, c]`, on the device.
+        decode: A column's arrays and the unit numbers that they stand at to float32 features
+            `[b, k, 4, c]`, on the arrays' device.
         statistics: For `standardize`; None otherwise.
     """
 
@@ -50,7 +64,7 @@ class TargetSpec:
     column: str
     width: int
     weight: float
-    decode: Callable[[Mapping[str, Tensor]], Tensor]
+    decode: Callable[[Mapping[str, Tensor], Tensor], Tensor]
     statistics: ChannelMoments | None = None
 
     @property
@@ -96,5 +110,5 @@ def normalise(
             "objective.normalise=standardize needs the channel statistics of a cache, and there "
             "are none here: choose layer_norm, or train from a cache"
         )
-    std = torch.clamp_min(statistics.std, STD_FLOOR)
-    return (features - statistics.mean) / std
+    std = torch.clamp_min(statistics.std, STD_FLOOR).to(features.dtype)
+    return (features - statistics.mean.to(features.dtype)) / std

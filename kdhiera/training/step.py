@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdhiera.config import ObjectiveConfig, TrainConfig
 from kdhiera.objective.losses import RunningMean, cosine, loss, total
-from kdhiera.objective.targets import TargetSpec, normalise
+from kdhiera.objective.targets import ChannelMoments, TargetSpec, normalise
 from kdhiera.student.hiera import Student, set_fused_attention
 from kdhiera.training.batches import Batch
 from kdhiera.training.optim import Schedule, build_optimizer
@@ -133,15 +133,27 @@ class Learner:
             "heads": self.heads.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "means": {name: mean.state_dict() for name, mean in self.means.items()},
+            "statistics": {
+                spec.name: {"column": spec.column, **spec.statistics.state_dict()}
+                for spec in self.targets
+                if spec.statistics is not None
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Continue where `state_dict` was taken, with the statistics that it was taken with."""
         self.student.load_state_dict(state["student"])
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name, mean in self.means.items():
             mean.load_state_dict(state["means"][name])
+        frozen = state["statistics"]
+        self.targets = [
+            replace(spec, statistics=ChannelMoments.from_state(frozen[spec.name], self.device))
+            if spec.name in frozen
+            else spec
+            for spec in self.targets
+        ]
 
     def _predict(self, batch: Batch) -> dict[str, Tensor]:
         low = self.dtype is not torch.float32
@@ -154,7 +166,9 @@ class Learner:
     def _wanted(self, batch: Batch) -> dict[str, Tensor]:
         return {
             spec.name: normalise(
-                spec.decode(batch.columns[spec.column]), self.objective.normalise, spec.statistics
+                spec.decode(batch.columns[spec.column], batch.units),
+                self.objective.normalise,
+                spec.statistics,
             )
             for spec in self.targets
         }

@@ -2,7 +2,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_cache import COLUMNS, SOURCE, add_column, config, content, make_cache, write_part
+from tiny_cache import (
+    COLUMNS,
+    SOURCE,
+    add_column,
+    config,
+    content,
+    folder_of,
+    make_cache,
+    write_part,
+)
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.fingerprint import base_identity, declared_base, declared_column
@@ -39,7 +48,7 @@ def test_a_cache_opens_again_with_its_grid_and_plan(tmp_path: Path):
     assert cache.grid == config().clip.grid
     assert cache.mask_plan == config().mask_plan
     assert cache.max_kept == 4
-    assert cache.columns() == tuple(sorted(COLUMNS))
+    assert cache.columns.names() == tuple(sorted(COLUMNS))
     make_cache(tmp_path / "new" / "cache")  # and for the same config it opens
 
 
@@ -68,11 +77,11 @@ def test_another_column_is_refused_with_a_table(tmp_path: Path):
 def test_training_compares_what_the_config_declares(tmp_path: Path):
     cache = make_cache(tmp_path)
     cache.check(declared_base(config()), declared_only=True)
-    cache.check_column("image.1.int8", declared_column(config(), "image", "1"), declared_only=True)
+    cache.columns.check("image.1.int8", declared_column(config(), "image", "1"), declared_only=True)
     with pytest.raises(MismatchError, match=r"views\.frame_stride +2 +4"):
         cache.check(declared_base(config(views__frame_stride=2)), declared_only=True)
     with pytest.raises(MismatchError, match=r"no column image\.5\.int8 \(it has: image\.1\.int8, "):
-        cache.check_column("image.5.int8", {}, declared_only=True)
+        cache.columns.check("image.5.int8", {}, declared_only=True)
 
 
 def test_another_format_is_refused(tmp_path: Path):
@@ -81,7 +90,7 @@ def test_another_format_is_refused(tmp_path: Path):
     body["identity"]["format"] = 99
     (tmp_path / "cache.json").write_bytes(seal(body))
     with pytest.raises(MismatchError, match="has format 99"):
-        Cache.open(cache.root)
+        Cache.open(Path(cache.url))
 
 
 @pytest.mark.parametrize("name", ["cache.json", "columns/image.1.int8/column.json"])
@@ -91,7 +100,7 @@ def test_a_damaged_identity_is_noticed(tmp_path: Path, name: str):
     data[len(data) // 2] ^= 1
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DamagedError, match=Path(name).name):
-        Cache.open(tmp_path).check_column("image.1.int8", {}, declared_only=True)
+        Cache.open(tmp_path).columns.check("image.1.int8", {}, declared_only=True)
 
 
 def test_what_is_missing_shrinks_as_parts_are_committed(tmp_path: Path):
@@ -118,18 +127,18 @@ def test_the_list_of_commits_says_what_each_part_holds(tmp_path: Path):
     assert base.statuses == {"decode_error": 2, "ok": 5}
     assert base.source == SOURCE
     assert (column.width, column.statuses, column.base_sha256) == (6, {"ok": 5}, base.sha256)
-    on_disk = sum(p.stat().st_size for p in cache.folder(base).rglob("*") if p.is_file())
+    on_disk = sum(p.stat().st_size for p in folder_of(cache, base).rglob("*") if p.is_file())
     listed = base.num_bytes + sum(c.num_bytes for c in found[B0].columns.values())
-    shared = sum((cache.folder(base) / n).stat().st_size for n in ("stats.npz", "attempt.json"))
+    shared = sum((folder_of(cache, base) / n).stat().st_size for n in ("stats.npz", "attempt.json"))
     assert abs(listed - on_disk) < shared + 1000  # group metadata is listed for both columns
 
 
 def test_removing_a_commit_folder_removes_the_part(tmp_path: Path):
     cache = make_cache(tmp_path)
     write_part(cache, A0)
-    for record in commit_folder(tmp_path, A0).iterdir():
+    for record in (tmp_path / commit_folder(A0)).iterdir():
         record.unlink()
-    commit_folder(tmp_path, A0).rmdir()
+    (tmp_path / commit_folder(A0)).rmdir()
     assert cache.commits() == {}
     write_part(cache, A0)
     assert not cache.missing(A0, COLUMNS)
@@ -138,22 +147,22 @@ def test_removing_a_commit_folder_removes_the_part(tmp_path: Path):
 def test_half_written_records_are_not_seen(tmp_path: Path):
     cache = make_cache(tmp_path)
     write_part(cache, A0)
-    (commit_folder(tmp_path, A0) / ".image.norm.int8.json.0.tmp").write_bytes(b'{"bo')
+    ((tmp_path / commit_folder(A0)) / ".image.norm.int8.json.0.tmp").write_bytes(b'{"bo')
     assert list(cache.commits()[A0].columns) == sorted(COLUMNS)
 
 
 def test_a_column_of_another_base_record_is_refused(tmp_path: Path):
     cache = make_cache(tmp_path)
     write_part(cache, A0)
-    commit_file(tmp_path, A0, None).unlink()
+    (tmp_path / commit_file(A0, None)).unlink()
     with pytest.raises(DamagedError, match=r"a-0 view 0 .* have no base record.*extract-teachers"):
         cache.commits()
-    kept = {c: commit_file(tmp_path, A0, c).read_bytes() for c in COLUMNS}
+    kept = {c: (tmp_path / commit_file(A0, c)).read_bytes() for c in COLUMNS}
     for column in COLUMNS:
-        commit_file(tmp_path, A0, column).unlink()
+        (tmp_path / commit_file(A0, column)).unlink()
     write_part(cache, A0, content(A0, seed=1), columns=())
     for column, record in kept.items():
-        commit_file(tmp_path, A0, column).write_bytes(record)
+        (tmp_path / commit_file(A0, column)).write_bytes(record)
     with pytest.raises(DamagedError, match="belongs to another base record"):
         cache.part_commits(A0)
 
@@ -161,9 +170,9 @@ def test_a_column_of_another_base_record_is_refused(tmp_path: Path):
 def test_a_record_in_the_wrong_place_is_refused(tmp_path: Path):
     cache = make_cache(tmp_path)
     write_part(cache, A0)
-    commit_folder(tmp_path, A0).rename(tmp_path / "moved")
-    commit_folder(tmp_path, A1).parent.mkdir(exist_ok=True)
-    (tmp_path / "moved").rename(commit_folder(tmp_path, A1))
+    (tmp_path / commit_folder(A0)).rename(tmp_path / "moved")
+    (tmp_path / commit_folder(A1)).parent.mkdir(exist_ok=True)
+    (tmp_path / "moved").rename((tmp_path / commit_folder(A1)))
     with pytest.raises(DamagedError, match="is the record of a-0 view 0"):
         cache.commits()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_cache import COLUMNS, assert_holds, content, make_cache, write_part
+from tiny_cache import COLUMNS, assert_holds, content, folder_of, make_cache, write_part
 
 from kdhiera.cache import layout
 from kdhiera.cache.commit import Cache
@@ -56,7 +56,7 @@ def cache(pristine: Path, tmp_path: Path) -> Cache:
 
 
 def file_of(cache: Cache, name: str) -> Path:
-    return cache.folder(cache.commits()[PART].base) / name
+    return folder_of(cache, cache.commits()[PART].base) / name
 
 
 def use_everything(cache: Cache) -> None:
@@ -103,7 +103,7 @@ def test_a_file_of_another_length_is_named(cache: Cache, name: str, damage: Call
     message = str(found.value)
     assert "a-0 view 0" in message
     assert str(file_of(cache, name)) in message
-    assert f"remove {commit_folder(cache.root, PART)}" in message
+    assert f"kdhiera cache verify {cache.url} --repair" in message
     assert "kdhiera extract-teachers" in message
 
 
@@ -137,7 +137,7 @@ def test_a_chunk_that_vanishes_after_the_first_touch_is_an_error_not_zeros(cache
 
 def test_a_record_that_changes_after_opening_is_noticed(cache: Cache):
     reader = CacheReader(cache, num_views=1, columns=COLUMNS)
-    record = commit_folder(cache.root, PART) / "video.2.int8.json"
+    record = (Path(cache.url) / commit_folder(PART)) / "video.2.int8.json"
     record.write_bytes(record.read_bytes().replace(b'"width":6', b'"width":7'))
     with pytest.raises(DamagedError, match=r"video\.2\.int8\.json has changed since"):
         reader.read(np.array([0]), view=0)
@@ -161,6 +161,6 @@ def test_a_damaged_status_is_found_where_rows_are_bad(tmp_path: Path):
 
 def test_a_damaged_part_is_made_anew_as_the_message_says(cache: Cache):
     empty(file_of(cache, "base.zarr/units/c.1.0"))
-    shutil.rmtree(commit_folder(cache.root, PART))
+    shutil.rmtree((Path(cache.url) / commit_folder(PART)))
     write_part(cache, PART, WHAT)
     use_everything(cache)

@@ -1,8 +1,12 @@
+import multiprocessing
+import os
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_cache import COLUMNS, Content, assert_holds, content, make_cache, write_part
@@ -228,3 +232,61 @@ def test_threads_share_a_reader(reader: CacheReader):
     for thread in threads:
         thread.join()
     assert problems == []
+
+
+class Clips(torch.utils.data.Dataset[torch.Tensor]):
+    """Pixels of single samples, as a torch loader wants them."""
+
+    def __init__(self, reader: CacheReader) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return self.reader.num_samples
+
+    def __getitem__(self, sample: int) -> torch.Tensor:
+        return torch.from_numpy(self.reader.read(np.array([sample]), view=0).pixels[0])
+
+
+def test_a_spawned_process_reads_the_same(reader: CacheReader):
+    samples = np.array([3, 0, 3, 7])
+    here = reader.read(samples, view=1)  # its files are open when it is sent
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        there = pool.submit(reader.read, samples, view=1).result()
+    assert there.uids == here.uids
+    np.testing.assert_array_equal(there.pixels, here.pixels)
+    for column in COLUMNS:
+        for name, array in here.columns[column].items():
+            np.testing.assert_array_equal(there.columns[column][name], array)
+
+
+def test_a_spawned_torch_loader_reads_the_same(reader: CacheReader):
+    loader = torch.utils.data.DataLoader(
+        Clips(reader), batch_size=5, num_workers=1, multiprocessing_context="spawn"
+    )
+    pixels = torch.cat(list(loader)).numpy()
+    everything = reader.read(np.arange(reader.num_samples), view=0)
+    np.testing.assert_array_equal(pixels, everything.pixels)
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_memory_and_open_files_stay_flat_over_many_epochs(
+    built: tuple[Cache, dict[PartId, Content]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(reader_module, "_OPEN_PARTS", 3)  # of 6 that hold rows: always reopening
+    reader = CacheReader(built[0], num_views=2, columns=COLUMNS)
+    everything = np.arange(reader.num_samples)
+
+    def epochs(count: int) -> None:
+        for i in range(count):
+            reader.read(everything, view=i % 2)
+
+    epochs(20)
+    before = resident_bytes(), len(os.listdir("/proc/self/fd"))
+    epochs(100)
+    assert resident_bytes() - before[0] < 20e6
+    assert len(os.listdir("/proc/self/fd")) <= before[1] + 2
+    assert len(reader._opened) == 3

@@ -18,13 +18,14 @@ from tiny_cache import (
     begin,
     content,
     fill,
+    folder_of,
     make_cache,
     write_part,
 )
 
 from kdhiera.cache import layout
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.encoding import ENCODINGS
+from kdhiera.cache.encoding import make_codec
 from kdhiera.cache.layout import ColumnStatus, PartId
 from kdhiera.cache.reader import CacheReader, read_base
 from kdhiera.cache.stats import ChannelStatistics
@@ -46,7 +47,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def attempts(cache: Cache, part: PartId = PART) -> list[Path]:
-    folder = cache.root / "parts" / part.shard_id / str(part.view)
+    folder = Path(cache.url) / "parts" / part.shard_id / str(part.view)
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
@@ -54,15 +55,17 @@ def stored_arrays(cache: Cache) -> Iterator[tuple[Path, np.ndarray]]:
     """Every array that a part should hold, with its values."""
     what = content(PART, 11, bad=(0, 5))
     commits = cache.commits()[PART]
-    base = cache.folder(commits.base) / "base.zarr"
+    base = folder_of(cache, commits.base) / "base.zarr"
     yield base / "units", what.units
     yield base / "scores", what.scores
     yield base / "pixels", what.pixels
     for column, commit in commits.columns.items():
-        group = cache.folder(commit) / layout.column_group(column)
+        group = folder_of(cache, commit) / layout.column_group(column)
         yield group / "status", np.zeros(len(what.units), np.uint8)
-        encode = ENCODINGS[layout.parse_column(column).encoding].encode
-        for name, values in encode(torch.from_numpy(what.features[column])).items():
+        features = torch.from_numpy(what.features[column])
+        units = torch.from_numpy(what.units.astype(np.int64))
+        codec = make_codec(layout.parse_column(column).encoding, width=features.shape[-1])
+        for name, values in codec.encode(features, units).arrays.items():
             yield group / name, values.numpy()
 
 
@@ -95,7 +98,7 @@ def test_a_part_is_two_plain_zarr_groups_that_describe_themselves(cache: Cache):
     assert sorted(targets["image"]) == ["1.fp32", "1.int8", "norm.int8"]
     group = targets["image/1.int8"]
     assert group.attrs["teacher"] == "image"
-    assert group.attrs["fingerprint"] == cache.column_fingerprint("image.1.int8")
+    assert group.attrs["fingerprint"] == cache.columns.fingerprint("image.1.int8")
     codes = group["codes"]
     assert codes.metadata.dimension_names == ("row", "kept_unit", "token", "channel")
     assert codes.shards == (4, 4, 4, 8)
@@ -169,7 +172,7 @@ def test_a_column_is_added_to_a_committed_base(cache: Cache):
     assert not result.won_base
     assert result.published == ALL[1:]
     assert len(attempts(cache)) == 2
-    assert len(list(cache.root.rglob("base.zarr"))) == 1
+    assert len(list(Path(cache.url).rglob("base.zarr"))) == 1
     assert_holds(CacheReader(cache, num_views=1, columns=ALL), {PART: what}, ALL)
 
 
@@ -185,7 +188,7 @@ def test_values_that_are_not_finite_lose_their_row_in_that_column_only(cache: Ca
     assert reader.uids(np.arange(4)) == [what.rows[i].uid for i in (0, 2, 3, 5)]
     other = CacheReader(cache, num_views=1, columns=("video.2.int8",))
     assert_holds(other, {PART: what}, ("video.2.int8",))
-    group = cache.folder(cache.commits()[PART].columns["image.1.int8"])
+    group = folder_of(cache, cache.commits()[PART].columns["image.1.int8"])
     codes = zarr.open_array(group / "targets.zarr/image/1.int8/codes", mode="r")
     assert not codes[1].any()
 
@@ -206,7 +209,7 @@ def test_statuses_of_the_caller_are_kept(cache: Cache):
         "replay_mismatch": 1,
     }
     assert status.tolist() == [3, 4, 1, 2, 0], "the caller's array was changed"
-    path = cache.folder(cache.commits()[PART].base) / "targets.zarr/image/1.int8/status"
+    path = folder_of(cache, cache.commits()[PART].base) / "targets.zarr/image/1.int8/status"
     assert zarr.open_array(path, mode="r")[...].tolist() == [3, 4, 1, 2, ColumnStatus.NONFINITE]
 
 
@@ -296,7 +299,7 @@ def test_a_loser_whose_pixels_alone_differ_discards_its_columns(cache: Cache):
 
 def test_an_error_between_base_and_column_keeps_the_base(cache: Cache):
     what = content(PART)
-    obstacle = layout.commit_file(cache.root, PART, COLUMNS[0])
+    obstacle = Path(cache.url) / layout.commit_file(PART, COLUMNS[0])
     with begin(cache, PART) as attempt:
         fill(attempt, what)
         obstacle.mkdir(parents=True)
@@ -330,7 +333,7 @@ def test_signed_urls_are_not_recorded(cache: Cache):
         fill(attempt, content(PART))
         attempt.commit()
     assert cache.commits()[PART].base.source.path == "https://host/shard.tar"
-    for path in cache.root.rglob("*"):
+    for path in Path(cache.url).rglob("*"):
         assert not path.is_file() or b"hunter2" not in path.read_bytes()
 
 
@@ -340,7 +343,7 @@ def test_records_list_every_file_with_size_and_checksum(cache: Cache):
     listed: dict[str, list[int]] = {}
     for commit in (commits.base, *commits.columns.values()):
         listed |= cache.read_record(commit)["files"]
-    folder = cache.folder(commits.base)
+    folder = folder_of(cache, commits.base)
     on_disk = {
         p.relative_to(folder).as_posix(): [
             p.stat().st_size,

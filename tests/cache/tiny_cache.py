@@ -15,7 +15,7 @@ from kdhiera.cache.commit import Cache
 from kdhiera.cache.fingerprint import base_identity, column_identity
 from kdhiera.cache.layout import PartId, column_id, parse_column
 from kdhiera.cache.reader import CacheReader
-from kdhiera.cache.records import BaseCommit, SourceInfo
+from kdhiera.cache.records import BaseCommit, Commit, SourceInfo
 from kdhiera.cache.stats import channel_statistics
 from kdhiera.cache.table import Row
 from kdhiera.cache.writer import Attempt, CommitResult
@@ -68,7 +68,7 @@ def add_column(cache: Cache, column: str, weights: str = "22") -> None:
         run, name.teacher, name.layer, identity={}, weights_sha256=weights, precision="fp32"
     )
     assert column_id(name.teacher, name.layer, name.encoding) == column
-    cache.ensure_column(column, identity, provenance={})
+    cache.columns.ensure(column, identity, provenance={})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +139,11 @@ def content(part: PartId, num_rows: int = 5, *, bad: Sequence[int] = (), seed: i
         features=features,
         tokens=tokens,
     )
+
+
+def folder_of(cache: Cache, commit: Commit) -> Path:
+    """Where the attempt that a commit names lies on this disk."""
+    return Path(cache.url) / cache.folder(commit)
 
 
 def begin(

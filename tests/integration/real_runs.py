@@ -7,6 +7,13 @@ import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
+
+from kdhiera.cache.commit import Cache
+from kdhiera.cache.reader import CacheReader
+from kdhiera.config import RunConfig
+from kdhiera.stages.assemble import columns_of
+
 MakeConfig = Callable[..., Path]
 Member = tuple[str, bytes]
 
@@ -38,3 +45,20 @@ def kdhiera(
         timeout=timeout,
         check=False,
     )
+
+
+def contents(config: RunConfig) -> dict[str, object]:
+    """Everything that training could read, by uid and view."""
+    cache = Cache.open(config.cache.dir)
+    reader = CacheReader(cache, num_views=config.views.num, columns=tuple(columns_of(config)))
+    found: dict[str, object] = {}
+    for view in range(config.views.num):
+        rows = reader.read(np.arange(reader.num_samples), view=view)
+        for i, uid in enumerate(rows.uids):
+            found[f"{uid} {view}"] = (
+                rows.units[i].tobytes(),
+                rows.scores[i].tobytes(),
+                rows.pixels[i].tobytes(),
+                *(a[i].tobytes() for c in rows.columns.values() for a in c.values()),
+            )
+    return found

@@ -11,7 +11,6 @@ import torch
 import zarr
 
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.encoding import ENCODINGS
 from kdhiera.cache.layout import PartId
 from kdhiera.cache.reader import CacheReader
 from kdhiera.config import RunConfig
@@ -62,8 +61,9 @@ def test_int8_stays_within_its_bound_of_fp32(make_run: MakeRun, progress: Progre
     for column, key in columns_of(exact).items():
         other = next(c for c, k in columns_of(coarse).items() if k == key)
         decoded = {
-            name: ENCODINGS[name.rpartition(".")[2]].decode(
-                {n: torch.from_numpy(a) for n, a in rows.columns[name].items()}
+            name: reader.codec(name).decode(
+                {n: torch.from_numpy(a) for n, a in rows.columns[name].items()},
+                torch.from_numpy(rows.units.astype(np.int64)),
             )[real]
             for name in (column, other)
         }
@@ -126,7 +126,7 @@ def test_plain_zarr_and_tensorstore_read_what_the_reader_reads(
     found = cache.part_commits(part)
     assert found is not None
     rows = reader.read(np.arange(12), view=part.view)
-    base = cache.folder(found.base)
+    base = Path(cache.url) / cache.folder(found.base)
     for name, expected in (
         ("base.zarr/units", rows.units),
         ("base.zarr/scores", rows.scores),

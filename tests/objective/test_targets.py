@@ -22,16 +22,17 @@ def test_standardize_is_sklearns_standard_scaler() -> None:
     raw = features()
     scaler = StandardScaler().fit(raw.reshape(-1, 12).numpy())
     moments = ChannelMoments(
-        mean=torch.tensor(scaler.mean_).float(), std=torch.tensor(scaler.scale_).float()
+        mean=torch.tensor(scaler.mean_), std=torch.tensor(scaler.scale_), count=60
     )
     wanted = scaler.transform(raw.reshape(-1, 12).numpy()).reshape(raw.shape)
     found = normalise(raw, "standardize", moments)
+    assert found.dtype is torch.float32
     torch.testing.assert_close(found, torch.from_numpy(wanted), atol=1e-5, rtol=1e-5)
 
 
 def test_a_channel_that_never_varies_stays_finite() -> None:
     raw = torch.full((2, 3), 5.0)
-    moments = ChannelMoments(mean=torch.full((3,), 5.0), std=torch.zeros(3))
+    moments = ChannelMoments(mean=torch.full((3,), 5.0), std=torch.zeros(3), count=2)
     assert normalise(raw, "standardize", moments).abs().max() == 0
 
 

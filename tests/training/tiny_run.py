@@ -5,15 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from kdhiera.cache.encoding import ENCODINGS
+from kdhiera.cache.encoding import make_codec
 from kdhiera.cache.rows import KeptRows
 from kdhiera.config import ObjectiveConfig, StudentConfig, TrainConfig
 from kdhiera.grid import Grid
-from kdhiera.masking import MaskPlan, MaskSpec, Scope, Strategy
+from kdhiera.masking import MaskSpec, Scope, Strategy, draw_mask
 from kdhiera.objective.targets import TargetSpec
 from kdhiera.progress import PlainProgress, Progress
 from kdhiera.student.heads import HeadSpec, build_heads
 from kdhiera.student.hiera import Student, build
+from kdhiera.training.batches import ClipSource
 from kdhiera.training.loop import TrainSummary, train
 
 GRID = Grid(num_frames=4, height=64, width=64)
@@ -27,14 +28,6 @@ class MemorySource:
     def __init__(self, num_samples: int = 18, num_views: int = 2, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
         self.num_samples = num_samples
-        self.plan = MaskPlan(
-            strategies=(Strategy.ATTENTION,),
-            scope=Scope.SLOT,
-            ratio=0.5,
-            draws=2,
-            seed=0,
-            keep_all=False,
-        )
         shape = (num_views, num_samples)
         frames = (GRID.num_frames, GRID.height, GRID.width, 3)
         self.clips = rng.integers(0, 256, (*shape, *frames), dtype=np.uint8)
@@ -42,14 +35,14 @@ class MemorySource:
         self.features = rng.standard_normal((*shape, GRID.num_units, 4, WIDTH)).astype(np.float32)
 
     def read(self, samples: np.ndarray, *, view: int) -> KeptRows:
-        bound = self.plan.max_kept(GRID.slots, GRID.units_per_slot)
+        bound = GRID.num_units
         b = len(samples)
         units = np.full((b, bound), -1, np.int16)
         pixels = np.zeros((b, bound, 2, 32, 32, 3), np.uint8)
         codes = np.zeros((b, bound, 4, WIDTH), np.float32)
         for row, sample in enumerate(samples):
             uid = f"clip-{sample}"
-            kept = self.plan.kept_units(self.scores[view, sample], uid=uid, view=view)
+            kept = kept_units(self.scores[view, sample], uid=uid, view=view)
             units[row, : len(kept)] = kept
             cubes = GRID.frames_to_units(self.clips[view, sample][None])[0]
             pixels[row, : len(kept)] = cubes[kept]
@@ -61,6 +54,12 @@ class MemorySource:
             pixels=pixels,
             columns={"image-9": {"codes": codes}, "video-3": {"codes": 2 * codes[..., :16]}},
         )
+
+
+def kept_units(scores: np.ndarray, *, uid: str, view: int) -> np.ndarray:
+    """What two draws show, ascending."""
+    draws = [draw_mask(MASKS, scores, uid=uid, view=view, draw=draw) for draw in range(2)]
+    return np.unique(np.concatenate(draws))
 
 
 @dataclass(kw_only=True)
@@ -80,15 +79,14 @@ class Setup:
         return TrainConfig(**(values | changes))
 
     def targets(self) -> list[TargetSpec]:
-        decode = ENCODINGS["fp32"].decode
         return [
             TargetSpec(
                 teacher="image", layer="9", tap="stage3.end", column="image-9", width=WIDTH,
-                weight=1.0, decode=decode,
+                weight=1.0, decode=make_codec("fp32", width=WIDTH).decode,
             ),
             TargetSpec(
                 teacher="video", layer="3", tap="stage4.end", column="video-3", width=16,
-                weight=0.5, decode=decode,
+                weight=0.5, decode=make_codec("fp32", width=16).decode,
             ),
         ]  # fmt: skip
 
@@ -98,11 +96,13 @@ class Setup:
 
     def run(
         self,
-        source: MemorySource,
+        source: ClipSource,
         *,
         student: Student | None = None,
         progress: Progress | None = None,
         targets: list[TargetSpec] | None = None,
+        objective: ObjectiveConfig | None = None,
+        num_views: int = 2,
         **changes: Any,
     ) -> TrainSummary:
         student = student or self.student()
@@ -120,9 +120,9 @@ class Setup:
             targets=targets,
             source=source,
             masks=self.masks,
-            num_views=2,
+            num_views=num_views,
             num_draws=2,
-            objective=ObjectiveConfig(),
+            objective=objective or ObjectiveConfig(),
             config=self.config(**changes),
             run_dir=self.run_dir,
             identity=self.identity,

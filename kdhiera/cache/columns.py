@@ -1,0 +1,207 @@
+"""Columns of a cache: what each one is, and the basis that its encoding may need.
+
+    columns/<column>/column.json    identity; whoever comes first makes it
+    columns/<column>/basis.npz      made once, before the first part; every part's commit
+                                    names its sha256
+
+A column without `column.json` does not exist: commits of it that were left behind (it was
+dropped meanwhile) are not seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kdhiera.cache.fingerprint import Identity, differences, fingerprint, table
+from kdhiera.cache.layout import COLUMNS, basis_file, column_file, parse_column
+from kdhiera.cache.records import seal, unseal
+from kdhiera.errors import DamagedError, MismatchError
+from kdhiera.stores import Store
+
+if TYPE_CHECKING:
+    from kdhiera.cache.encoding import Basis, Codec
+
+
+class Columns:
+    """The columns that a cache knows.
+
+    Args:
+        store: Where the cache lives.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._fingerprints: dict[str, str] = {}
+        self._bases: dict[str, str] = {}
+
+    def names(self) -> tuple[str, ...]:
+        """Columns that the cache knows, sorted; a part may lack any of them."""
+        found = self._store.names(COLUMNS)
+        return tuple(name for name in found if self._store.exists(column_file(name)))
+
+    def record(self, column: str) -> dict[str, Any] | None:
+        """What was written when a column was created, or None if the cache does not know it.
+
+        Raises:
+            DamagedError: If it is damaged.
+        """
+        path = column_file(column)
+        try:
+            body = unseal(self._store.read(path), f"{self._store.url}/{path}")
+        except FileNotFoundError:
+            return None
+        except DamagedError as error:
+            raise DamagedError(
+                f"{error}. Run `kdhiera cache verify {self._store.url} --repair`, then "
+                "`kdhiera extract-teachers CONFIG`"
+            ) from None
+        if body["fingerprint"] != fingerprint(body["identity"]) or body["column"] != column:
+            raise DamagedError(f"{self._store.url}/{path} is not the record of column {column}")
+        return body
+
+    def identity(self, column: str) -> Identity | None:
+        """Identity of a column, or None if the cache does not know it."""
+        body = self.record(column)
+        return None if body is None else dict(body["identity"])
+
+    def ensure(
+        self, column: str, identity: Identity, *, provenance: Mapping[str, object]
+    ) -> None:
+        """Create a column, or check that the one there is the same.
+
+        Args:
+            column: Column id.
+            identity: From `fingerprint.column_identity`.
+            provenance: Recorded if the column is created; decides nothing.
+
+        Raises:
+            MismatchError: With a table of the fields that differ.
+        """
+        if not self._store.exists(column_file(column)):
+            body = {
+                "kind": "column",
+                "column": column,
+                "identity": identity,
+                "fingerprint": fingerprint(identity),
+                "provenance": provenance,
+            }
+            self._store.create(column_file(column), seal(body))
+        self.check(column, identity)
+
+    def check(
+        self, column: str, want: Mapping[str, object], *, declared_only: bool = False
+    ) -> None:
+        """Refuse a column that was made by another teacher or in another way.
+
+        Args:
+            column: Column id.
+            want: Identity that the run asks for.
+            declared_only: Compare only the fields that `want` has.
+
+        Raises:
+            MismatchError: If the cache does not have the column, or with a table of the
+                fields that differ.
+        """
+        url = self._store.url
+        has = self.identity(column)
+        if has is None:
+            there = ", ".join(self.names()) or "none"
+            raise MismatchError(
+                f"the cache in {url} has no column {column} (it has: {there}): run "
+                "`kdhiera extract-teachers CONFIG` to add it"
+            )
+        different = differences(want, has, declared_only=declared_only)
+        if different:
+            raise MismatchError(
+                f"column {column} of the cache in {url} was made in another way:\n"
+                f"{table(different)}\n"
+                "Change the config to what the cache has, give the teacher another name to make "
+                f"a column of its own, or remove this one with `kdhiera cache drop {url} {column}`"
+            )
+
+    def fingerprint(self, column: str) -> str | None:
+        """Fingerprint of a column, or None if the cache does not know it."""
+        if column not in self._fingerprints:
+            body = self.record(column)
+            if body is None:
+                return None
+            self._fingerprints[column] = body["fingerprint"]
+        return self._fingerprints[column]
+
+    def still_there(self, column: str) -> bool:
+        """Whether the column was neither dropped nor made anew since it was first looked at."""
+        known = self._fingerprints.pop(column, None)
+        return known is not None and self.fingerprint(column) == known
+
+    def publish_basis(self, column: str, data: bytes) -> None:
+        """Store a column's basis unless there is one; whoever comes first decides."""
+        self._store.create(basis_file(column), data)
+
+    def has_basis(self, column: str) -> bool:
+        """Whether the column's basis is stored."""
+        return self._store.exists(basis_file(column))
+
+    def basis(self, column: str) -> Basis | None:
+        """A column's basis, or None if there is none.
+
+        Raises:
+            DamagedError: If it cannot be read.
+        """
+        from kdhiera.cache.encoding import basis_from_npz  # torch: not needed to list a cache
+
+        data = self._read_basis(column)
+        if data is None:
+            return None
+        try:
+            return basis_from_npz(data)
+        except ValueError as error:
+            raise self._bad_basis(column, str(error)) from None
+
+    def basis_sha256(self, column: str) -> str | None:
+        """Hash of a column's basis, or None if there is none."""
+        if column not in self._bases:
+            data = self._read_basis(column)
+            if data is None:
+                return None
+            self._bases[column] = hashlib.sha256(data).hexdigest()
+        return self._bases[column]
+
+    def check_basis(self, column: str, sha256: str | None) -> None:
+        """Refuse a basis that is not the one a part was encoded with.
+
+        Args:
+            column: Column id.
+            sha256: What the part's commit names; None if its encoding needs none.
+
+        Raises:
+            DamagedError: If it is missing or another one.
+        """
+        if sha256 is not None and self.basis_sha256(column) != sha256:
+            raise self._bad_basis(column, "it is not the one its parts were encoded with")
+
+    def codec(self, column: str, width: int) -> Codec:
+        """How a column's features are stored.
+
+        Args:
+            column: Column id.
+            width: Channels.
+        """
+        from kdhiera.cache.encoding import make_codec
+
+        return make_codec(parse_column(column).encoding, width=width, basis=self.basis(column))
+
+    def _read_basis(self, column: str) -> bytes | None:
+        try:
+            return self._store.read(basis_file(column))
+        except FileNotFoundError:
+            return None
+
+    def _bad_basis(self, column: str, what: str) -> DamagedError:
+        url = self._store.url
+        return DamagedError(
+            f"{url}/{basis_file(column)} is missing or damaged: {what}. Restore it from a copy, or "
+            f"run `kdhiera cache verify {url} --repair` and `kdhiera extract-teachers CONFIG` to "
+            "make the column anew"
+        )

@@ -1,0 +1,258 @@
+"""Where a cache lives: named bytes that are whole or absent, on a disk or in a bucket.
+
+A store is a tree of files under one root, named by keys such as `commits/a-1/0/base.json`.
+What a cache needs of it is little: whole writes, a write that fails if the name is taken
+(the only way anything is ever published), listings, and for tensorstore the address of a key.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from kdhiera.errors import UsageError
+from kdhiera.storage import (
+    disk_errors,
+    fsync_folder,
+    make_folder,
+    put_if_absent,
+    sync_folder,
+    write_atomic,
+)
+
+Files = dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One file of a store.
+
+    Args:
+        key: Its name.
+        num_bytes: Its size.
+        modified: Seconds since 1970 when it was last written.
+    """
+
+    key: str
+    num_bytes: int
+    modified: float
+
+
+class Store(Protocol):
+    """A tree of files; safe to use from several threads and processes."""
+
+    @property
+    def url(self) -> str:
+        """Address for people, and for `open_store`."""
+        ...
+
+    def read(self, key: str) -> bytes:
+        """Contents of a file.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+        ...
+
+    def read_many(self, keys: Iterable[str]) -> list[bytes | None]:
+        """Contents of many files, at once where that helps; None for what is not there."""
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Whether there is such a file."""
+        ...
+
+    def write(self, key: str, data: bytes) -> None:
+        """Put a whole file in place, replacing what is there.
+
+        Raises:
+            KdhieraError: If the store takes no more, or may not be written.
+        """
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Put a whole file in place unless there is one; whoever comes first wins.
+
+        Returns:
+            Whether the file there now holds `data`: an attempt whose own success was
+            reported as an error, or not at all, is told so.
+
+        Raises:
+            KdhieraError: If the store takes no more, or may not be written.
+        """
+        ...
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove files, in the order given; one that is not there is fine."""
+        ...
+
+    def delete_folder(self, folder: str) -> None:
+        """Remove everything below a folder."""
+        ...
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files and folders directly in `folder`, sorted; none if it is not there."""
+        ...
+
+    def walk(self, folder: str) -> Iterator[Entry]:
+        """All files below a folder, in no order; files being written are left out."""
+        ...
+
+    def stage(self, folder: str) -> Path:
+        """A new local folder to write files into that are to become `folder`."""
+        ...
+
+    def keep(self, folder: str, staged: Path) -> Files:
+        """Make everything in a staged folder last, under `folder`.
+
+        Returns:
+            Size and crc32c of every file, by path inside the folder, sorted.
+
+        Raises:
+            KdhieraError: If the store takes no more, or does not hold what was sent.
+        """
+        ...
+
+    def discard(self, folder: str, staged: Path) -> None:
+        """Remove a staged folder and what was kept of it, as far as that is possible."""
+        ...
+
+    def kvstore(self, folder: str) -> Mapping[str, Any]:
+        """tensorstore's key-value store for a folder."""
+        ...
+
+
+def open_store(url: str | Path) -> Store:
+    """The store at an address; nothing is read or created yet.
+
+    Args:
+        url: A folder, or `s3://bucket/prefix`.
+
+    Raises:
+        UsageError: If the scheme is another one.
+    """
+    text = str(url)
+    scheme, found, _ = text.partition("://")
+    if not found or scheme == "file":
+        return LocalStore(Path(text.removeprefix("file://")))
+    if scheme == "s3":
+        from kdhiera.objects import ObjectStore  # obstore is only loaded where it is used
+
+        return ObjectStore(text)
+    raise UsageError(f"{text} has the scheme '{scheme}': a cache lives in a folder or at s3://")
+
+
+class LocalStore:
+    """A folder of a local or shared file system.
+
+    Args:
+        root: The folder; made when something is first written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __repr__(self) -> str:
+        return f"LocalStore({str(self.root)!r})"
+
+    @property
+    def url(self) -> str:
+        """The folder's path as it was given."""
+        return str(self.root)
+
+    def read(self, key: str) -> bytes:
+        """Contents of a file."""
+        try:
+            return (self.root / key).read_bytes()
+        except (NotADirectoryError, IsADirectoryError) as error:
+            raise FileNotFoundError(*error.args) from None
+
+    def read_many(self, keys: Iterable[str]) -> list[bytes | None]:
+        """Contents of many files, one by one."""
+        return [self._read_or_none(key) for key in keys]
+
+    def exists(self, key: str) -> bool:
+        """Whether there is such a file."""
+        return (self.root / key).is_file()
+
+    def write(self, key: str, data: bytes) -> None:
+        """Put a whole file in place by renaming it."""
+        with disk_errors(self.root):
+            make_folder((self.root / key).parent)
+        write_atomic(self.root / key, data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Put a whole file in place by linking it."""
+        path = self.root / key
+        try:
+            if put_if_absent(path, data):
+                return True
+        except OSError:
+            if not path.exists():
+                raise
+        return path.read_bytes() == data
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove files so that they stay removed after a power cut."""
+        for key in keys:
+            path = self.root / key
+            path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                fsync_folder(path.parent)
+
+    def delete_folder(self, folder: str) -> None:
+        """Remove a folder."""
+        shutil.rmtree(self.root / folder, ignore_errors=True)
+
+    def names(self, folder: str) -> list[str]:
+        """Names in a folder; those of files being written are hidden."""
+        try:
+            return sorted(n for n in os.listdir(self.root / folder) if not n.startswith("."))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def walk(self, folder: str) -> Iterator[Entry]:
+        """All files below a folder."""
+        try:
+            with os.scandir(self.root / folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    key = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        yield from self.walk(key)
+                    else:
+                        stat = entry.stat()
+                        yield Entry(key=key, num_bytes=stat.st_size, modified=stat.st_mtime)
+        except FileNotFoundError:
+            return
+
+    def stage(self, folder: str) -> Path:
+        """The folder itself: what no commit names is not part of the cache."""
+        path = self.root / folder
+        with disk_errors(self.root):
+            make_folder(path)
+        return path
+
+    def keep(self, folder: str, staged: Path) -> Files:
+        """Sync what was written."""
+        assert staged == self.root / folder, (staged, folder)
+        return sync_folder(staged)
+
+    def discard(self, folder: str, staged: Path) -> None:
+        """Remove the folder."""
+        shutil.rmtree(staged, ignore_errors=True)
+
+    def kvstore(self, folder: str) -> Mapping[str, Any]:
+        """The file driver."""
+        return {"driver": "file", "path": f"{(self.root / folder).absolute()}/"}
+
+    def _read_or_none(self, key: str) -> bytes | None:
+        try:
+            return self.read(key)
+        except FileNotFoundError:
+            return None

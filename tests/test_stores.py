@@ -1,0 +1,254 @@
+"""One contract for all stores, and what only a bucket can do wrong."""
+
+import multiprocessing
+import pickle
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import boto3
+import numpy as np
+import pytest
+import tensorstore
+
+from kdhiera.errors import KdhieraError, UsageError
+from kdhiera.objects import ObjectStore
+from kdhiera.storage import file_crc32c
+from kdhiera.stores import LocalStore, open_store
+
+ODD = ["a b/c d", "é/ü.json", "100%/x%20y", "a+b=c&d?e#f", "~tilde/(x)/[y]", "x" * 200]
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request, tmp_path):
+    if request.param == "local":
+        return LocalStore(tmp_path / "root")
+    return open_store(request.getfixturevalue("s3_url"))
+
+
+@pytest.fixture
+def bucket_store(s3_url):
+    return ObjectStore(s3_url)
+
+
+def race(store, name, barrier, queue, keys):
+    """Create every key with one's own name in it; runs in a spawned process."""
+    barrier.wait()
+    queue.put((name, [key for key in keys if store.create(key, f"{name} {key}".encode())]))
+
+
+class TestContract:
+    def test_created_once(self, store):
+        assert store.create("a/b", b"1")
+        assert store.create("a/b", b"1")
+        assert not store.create("a/b", b"2")
+        assert store.read("a/b") == b"1"
+
+    def test_written_read_and_replaced(self, store):
+        store.write("a/b", b"1")
+        store.write("a/b", b"22")
+        assert store.read("a/b") == b"22"
+        assert store.exists("a/b")
+        for absent in ("a", "a/c", "a/b/c", "nothing"):
+            assert not store.exists(absent)
+            with pytest.raises(FileNotFoundError):
+                store.read(absent)
+        store.write("empty", b"")
+        assert store.read("empty") == b""
+
+    def test_listings(self, store):
+        assert store.names("a") == []
+        assert list(store.walk("a")) == []
+        before = time.time() - 5
+        for key in ("a/x", "a/b/y", "a/b/z", "ab/w", "top"):
+            store.write(key, key.encode())
+        assert store.names("a") == ["b", "x"]
+        assert store.names("") == ["a", "ab", "top"]
+        found = {entry.key: entry for entry in store.walk("a")}
+        assert sorted(found) == ["a/b/y", "a/b/z", "a/x"]
+        assert {e.num_bytes for e in found.values()} == {3, 5}
+        assert all(before < e.modified < time.time() + 5 for e in found.values())
+        assert sorted(entry.key for entry in store.walk("")) == [
+            "a/b/y",
+            "a/b/z",
+            "a/x",
+            "ab/w",
+            "top",
+        ]
+
+    def test_deleted(self, store):
+        for key in ("a/x", "a/y", "a/z/w", "ab/x"):
+            store.write(key, b"1")
+        store.delete(["a/x", "a/nothing", "no/folder"])
+        assert store.names("a") == ["y", "z"]
+        store.delete_folder("a")
+        store.delete_folder("a")
+        assert [entry.key for entry in store.walk("")] == ["ab/x"]
+
+    def test_staged_kept_and_discarded(self, store):
+        staged = store.stage("parts/one")
+        (staged / "c").mkdir()
+        contents = {"c/0": b"0" * 70_000, "zarr.json": b"{}", "c/1": b""}
+        for name, data in contents.items():
+            (staged / name).write_bytes(data)
+        expected = {n: (len(d), file_crc32c(staged / n)) for n, d in sorted(contents.items())}
+        files = store.keep("parts/one", staged)
+        assert files == expected
+        assert list(files) == sorted(files)
+        assert {n: store.read(f"parts/one/{n}") for n in contents} == contents
+        store.discard("parts/one", staged)
+        assert list(store.walk("")) == []
+        assert not staged.exists()
+
+    def test_read_many(self, store):
+        store.write("a", b"1")
+        store.write("c/d", b"2")
+        assert store.read_many(["a", "b", "c/d", "a"]) == [b"1", None, b"2", b"1"]
+        assert store.read_many([]) == []
+
+    @pytest.mark.parametrize("key", ODD)
+    def test_odd_names(self, store, key):
+        assert store.create(key, key.encode())
+        assert store.read(key) == key.encode()
+        assert [entry.key for entry in store.walk("")] == [key]
+        store.delete([key])
+        assert not store.exists(key)
+
+    def test_more_than_a_page(self, store):
+        keys = [f"many/{i:04d}" for i in range(1100)]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda key: store.write(key, b"x"), keys))
+        assert store.names("many") == [key.removeprefix("many/") for key in keys]
+        assert sorted(entry.key for entry in store.walk("many")) == keys
+        store.delete_folder("many")
+        assert store.names("many") == []
+
+    def test_pickled(self, store):
+        store.write("a", b"1")
+        again = pickle.loads(pickle.dumps(store))
+        assert again.url == store.url
+        assert again.read("a") == b"1"
+        assert open_store(store.url).read("a") == b"1"
+
+    def test_two_processes_never_both_win(self, store):
+        context = multiprocessing.get_context("spawn")
+        keys = [f"race/{i}" for i in range(60)]
+        barrier, queue = context.Barrier(2), context.Queue()
+        racers = [
+            context.Process(target=race, args=(store, name, barrier, queue, keys)) for name in "ab"
+        ]
+        for racer in racers:
+            racer.start()
+        won = dict(queue.get(timeout=60) for _ in racers)
+        for racer in racers:
+            racer.join()
+        assert sorted(won["a"] + won["b"]) == sorted(keys)
+        for name, mine in won.items():
+            assert store.read_many(mine) == [f"{name} {key}".encode() for key in mine]
+
+    def test_zarr_through_tensorstore(self, store):
+        spec = {"driver": "zarr3", "kvstore": dict(store.kvstore("array"))}
+        data = np.arange(40).reshape(5, 8)
+        made = tensorstore.open(spec, create=True, dtype="int64", shape=[5, 8]).result()
+        made.write(data).result()
+        assert "zarr.json" in store.names("array")
+        assert np.array_equal(tensorstore.open(spec).result().read().result(), data)
+
+
+def test_the_server_used_for_races_lets_exactly_one_win(s3):
+    """32 clients, one key, many rounds: the lock makes moto's conditional PUT one step."""
+    assert winners(s3.url, rounds=15) == [1] * 15
+
+
+def winners(url, *, rounds, clients=32):
+    """How many of `clients` concurrent conditional PUTs are told 200, round by round."""
+    client = boto3.client("s3", endpoint_url=url, region_name="us-east-1")
+    name = f"hammer/{time.time_ns()}"
+
+    def put(key, i):
+        try:
+            client.put_object(Bucket="bucket", Key=key, Body=b"%d" % i, IfNoneMatch="*")
+        except client.exceptions.ClientError as error:
+            if error.response["Error"]["Code"] != "PreconditionFailed":
+                raise
+            return 0
+        return 1
+
+    with ThreadPoolExecutor(clients) as pool:
+        counts = [
+            sum(pool.map(put, [f"{name}/{r}"] * clients, range(clients))) for r in range(rounds)
+        ]
+    client.close()
+    return counts
+
+
+def test_a_lost_answer_to_ours_is_success(s3, bucket_store):
+    fault = s3.fault("lost", "lost/ours")
+    assert bucket_store.create("lost/ours", b"1")
+    assert fault.hits == 1
+    assert bucket_store.read("lost/ours") == b"1"
+
+
+def test_a_lost_answer_to_anothers_is_defeat(s3, bucket_store):
+    assert bucket_store.create("lost/theirs", b"theirs")
+    fault = s3.fault("lost", "lost/theirs")
+    assert not bucket_store.create("lost/theirs", b"mine")
+    assert fault.hits == 1
+    assert bucket_store.read("lost/theirs") == b"theirs"
+
+
+def test_no_answer_at_all_is_settled_by_reading(s3, bucket_store):
+    fault = s3.fault("lost", "lost/always", times=1000)
+    assert bucket_store.create("lost/always", b"1")
+    assert fault.hits >= 1
+
+
+def test_a_busy_server_is_asked_again(s3, bucket_store):
+    fault = s3.fault("refused", "busy", times=2)
+    assert bucket_store.create("busy", b"1")
+    assert fault.hits == 2
+    s3.fault("refused", "never", times=1000)
+    start = time.monotonic()
+    with pytest.raises(KdhieraError, match="s3://bucket"):
+        bucket_store.create("never", b"1")
+    assert time.monotonic() - start < 15
+    assert not bucket_store.exists("never")
+
+
+ACTIONS = {
+    "create": lambda store: store.create("a", b"1"),
+    "read": lambda store: store.read("a"),
+    "write": lambda store: store.write("a", b"1"),
+    "names": lambda store: store.names(""),
+    "walk": lambda store: list(store.walk("")),
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_no_such_bucket(s3, action):
+    with pytest.raises(KdhieraError, match="s3://nobody/x: there is no such bucket") as caught:
+        ACTIONS[action](ObjectStore("s3://nobody/x"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("action", ["create", "names"])
+def test_nothing_listens(s3, monkeypatch, action):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(KdhieraError, match="nothing answers: check AWS_ENDPOINT_URL"):
+            ACTIONS[action](ObjectStore("s3://bucket/x"))
+        assert time.monotonic() - start < 15
+
+
+def test_no_credentials(s3, monkeypatch):
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(UsageError, match="no credentials for s3://: set AWS_ACCESS_KEY_ID"):
+        ObjectStore("s3://bucket/x").names("")
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///x", "bucket/x"])
+def test_an_address_without_a_bucket(url):
+    with pytest.raises(UsageError, match="names no bucket"):
+        ObjectStore(url)
