@@ -39,7 +39,7 @@ def run() -> None:
         num_steps=1 + 2 * ROUNDS * STEPS,
         batch_size=config.train.batch_size,
         num_views=config.views.num,
-        num_draws=config.masks.draws,
+        num_draws=config.num_draws,
         seed=0,
         block=BLOCK_ROWS,
     )

@@ -128,7 +128,12 @@ def extract_teachers(
     from kdhiera.stages.extract_teachers import extract
 
     with make_progress() as progress:
-        summary = extract(run, progress=progress, dry_run=dry_run)
+        summary = extract(
+            run,
+            progress=progress,
+            dry_run=dry_run,
+            on_plan=lambda plan: typer.echo(plan.describe(), err=as_json),
+        )
     _emit(summary, summary.describe, as_json)
 
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from kdhiera.errors import UsageError
 from kdhiera.storage import (
@@ -42,6 +42,7 @@ class Entry:
     modified: float
 
 
+@runtime_checkable
 class Store(Protocol):
     """A tree of files; safe to use from several threads and processes."""
 
@@ -122,7 +123,7 @@ class Store(Protocol):
         ...
 
     def kvstore(self, folder: str) -> Mapping[str, Any]:
-        """tensorstore's key-value store for a folder."""
+        """Tensorstore's key-value store for a folder."""
         ...
 
 
@@ -218,18 +219,20 @@ class LocalStore:
     def walk(self, folder: str) -> Iterator[Entry]:
         """All files below a folder."""
         try:
-            with os.scandir(self.root / folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    key = f"{folder}/{entry.name}" if folder else entry.name
-                    if entry.is_dir(follow_symlinks=False):
-                        yield from self.walk(key)
-                    else:
-                        stat = entry.stat()
-                        yield Entry(key=key, num_bytes=stat.st_size, modified=stat.st_mtime)
-        except FileNotFoundError:
+            with os.scandir(self.root / folder) as found:
+                entries = [entry for entry in found if not entry.name.startswith(".")]
+        except (FileNotFoundError, NotADirectoryError):
             return
+        for entry in entries:
+            key = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                yield from self.walk(key)
+                continue
+            try:
+                stat = entry.stat()
+            except FileNotFoundError:  # removed since it was listed
+                continue
+            yield Entry(key=key, num_bytes=stat.st_size, modified=stat.st_mtime)
 
     def stage(self, folder: str) -> Path:
         """The folder itself: what no commit names is not part of the cache."""

@@ -116,7 +116,7 @@ def _facts(config: RunConfig) -> dict[str, str]:
         "clip": f"{clip.num_frames} frames of {clip.height} x {clip.width} px",
         "student": f"Hiera {config.student.size}",
         "masks": f"{spec.strategy}, ratio {spec.ratio:g}, {config.views.num} views x "
-        f"{config.masks.draws} draws",
+        f"{config.num_draws} draws",
         "objective": f"{config.objective.loss} on {config.objective.normalise} targets",
     }
     for name, layers in config.objective_layers.items():

@@ -228,9 +228,7 @@ def make_plan(config: RunConfig, cache: Cache | None, shards: Sequence[ShardInde
             there = commits.columns if commits else {}
             lacks = {c: key for c, key in columns.items() if c not in there}
             if commits is None or lacks:
-                parts.append(
-                    PartTask(shard=shard, view=view, base=commits is None, columns=lacks)
-                )
+                parts.append(PartTask(shard=shard, view=view, base=commits is None, columns=lacks))
             if commits is not None:
                 made_by |= {commits.base.versions, *(c.versions for c in there.values())}
     parts.sort(key=lambda task: task.view)  # a complete view can be trained on

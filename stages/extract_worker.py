@@ -156,9 +156,7 @@ class PartExtractor:
         lacks = self._cache.missing(task.part, list(task.columns))  # another run may be at it
         if not lacks:
             return 0
-        task = replace(
-            task, base=lacks.base, columns={c: task.columns[c] for c in lacks.columns}
-        )
+        task = replace(task, base=lacks.base, columns={c: task.columns[c] for c in lacks.columns})
         result = self._run(task, replay=not task.base)
         if result.replay_needed:
             logger.info("%s: another run stored other rows; replaying those", task.name)

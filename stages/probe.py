@@ -34,7 +34,7 @@ def probe_versions(config: RunConfig, cache: Cache, *, num_rows: int) -> None:
     columns = [c for c in columns_of(config) if any(c in part.columns for part in commits)]
     replayed = replay_rows(config, cache, num_rows=num_rows, columns=columns)
     changes = _changes({part.base.versions for part in commits})
-    problems = beyond_bounds(config, cache, replayed)
+    problems = beyond_bounds(config, replayed)
     if problems:
         raise MismatchError(
             f"the cache in {cache.url} was made with other library versions "
@@ -52,8 +52,8 @@ def probe_versions(config: RunConfig, cache: Cache, *, num_rows: int) -> None:
 def _changes(made_by: set[Versions]) -> str:
     """Packages whose version is none of those that made the cache."""
     known: dict[str, set[str]] = {}
-    for versions in made_by:
-        for package, version in versions:
+    for made in made_by:
+        for package, version in made:
             known.setdefault(package, set()).add(version)
     changed = [
         f"{package} {' or '.join(sorted(known.get(package, {'none'})))}, now {version}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdhiera.featurize import Featurizer
 from kdhiera.grid import Grid
-from kdhiera.masking import MaskPlan, Scope, Strategy
+from kdhiera.masking import MaskPlan, PlannedMasks, Scope, Strategy
 from kdhiera.teachers.base import TeacherOutput
 
 GRID = Grid(num_frames=4, height=64, width=96)
@@ -50,10 +50,8 @@ class PlainTeacher:
 
 def featurizer(teacher: PlainTeacher, *, keep_all: bool = False, batch_size: int = 3) -> Featurizer:
     plan = MaskPlan(
-        strategies=(Strategy.ATTENTION,),
+        entries=(PlannedMasks(strategy=Strategy.ATTENTION, ratio=0.5, draws=2),),
         scope=Scope.SLOT,
-        ratio=0.5,
-        draws=2,
         seed=0,
         keep_all=keep_all,
     )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kdhiera.masking import (
     MaskPlan,
     MaskSpec,
+    PlannedMasks,
     Scope,
     Strategy,
     draw_mask,
@@ -131,10 +132,11 @@ def test_priorities_keep_their_values() -> None:
 
 def plan(**changes: object) -> MaskPlan:
     values: dict[str, object] = {
-        "strategies": (Strategy.ATTENTION, Strategy.TUBE, Strategy.ATTENTION_TOPK),
+        "entries": tuple(
+            PlannedMasks(strategy=s, ratio=0.75, draws=3)
+            for s in (Strategy.ATTENTION, Strategy.TUBE, Strategy.ATTENTION_TOPK)
+        ),
         "scope": Scope.SLOT,
-        "ratio": 0.75,
-        "draws": 3,
         "seed": 3,
         "keep_all": False,
     }
@@ -146,9 +148,9 @@ def test_a_plan_keeps_whatever_it_covers(seed: int, ratio: float) -> None:
     scores, uid = some_scores(seed=seed), f"s/{seed}"
     kept = plan().kept_units(scores, uid=uid, view=1)
     assert len(kept) <= plan().max_kept(4, 16)
-    for strategy in plan().strategies:
+    for strategy in (e.strategy for e in plan().entries):
         run = spec(strategy, ratio)
-        assert not plan().lacks(run, draws=3)
+        assert not plan().lacks(run, draws=3, units_per_slot=16)
         for draw in range(3):
             assert set(draw_mask(run, scores, uid=uid, view=1, draw=draw)) <= set(kept)
 
@@ -163,8 +165,8 @@ def test_a_plan_keeps_whatever_it_covers(seed: int, ratio: float) -> None:
     ],
 )
 def test_what_a_plan_does_not_cover_is_named(run: MaskSpec, draws: int, words: str) -> None:
-    assert any(words in gap for gap in plan().lacks(run, draws=draws))
-    assert not plan(keep_all=True).lacks(run, draws=draws)
+    assert any(words in gap for gap in plan().lacks(run, draws=draws, units_per_slot=16))
+    assert not plan(keep_all=True).lacks(run, draws=draws, units_per_slot=16)
 
 
 def test_keep_all_keeps_all() -> None:

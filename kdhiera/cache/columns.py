@@ -21,7 +21,8 @@ from kdhiera.errors import DamagedError, MismatchError
 from kdhiera.stores import Store
 
 if TYPE_CHECKING:
-    from kdhiera.cache.encoding import Basis, Codec
+    from kdhiera.cache.compact import Basis
+    from kdhiera.cache.encoding import Codec
 
 
 class Columns:
@@ -66,9 +67,7 @@ class Columns:
         body = self.record(column)
         return None if body is None else dict(body["identity"])
 
-    def ensure(
-        self, column: str, identity: Identity, *, provenance: Mapping[str, object]
-    ) -> None:
+    def ensure(self, column: str, identity: Identity, *, provenance: Mapping[str, object]) -> None:
         """Create a column, or check that the one there is the same.
 
         Args:

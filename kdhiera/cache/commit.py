@@ -94,7 +94,7 @@ class Cache:
         """
         store = open_store(url)
         if not store.exists(CACHE_FILE):
-            if isinstance(url, Path | str) and Path(str(url)).is_file():
+            if Path(str(url)).is_file():
                 raise UsageError(f"{url} is a file: set cache.dir to a folder")
             if store.names("") and not _made_for(store, fingerprint(identity)):
                 raise UsageError(

@@ -107,8 +107,7 @@ def declared_base(config: RunConfig) -> Identity:
     masks: Identity = {"keep": m.keep}
     if m.keep == "plan":
         planned = [
-            {"strategy": e.strategy, "ratio": e.ratio, "draws": e.num_masks}
-            for e in m.plan.entries
+            {"strategy": e.strategy, "ratio": e.ratio, "draws": e.num_masks} for e in m.plan.entries
         ]
         masks |= {"planned": planned, "scope": m.scope, "seed": m.seed}
     scores: Identity = {"source": config.scores.source}
@@ -206,7 +205,9 @@ def mask_plan_of(identity: Mapping[str, Any]) -> MaskPlan:
         PlannedMasks(strategy=Strategy(e["strategy"]), ratio=e["ratio"], draws=e["draws"])
         for e in masks["planned"]
     )
-    return MaskPlan(entries=entries, scope=Scope(masks["scope"]), seed=masks["seed"], keep_all=False)
+    return MaskPlan(
+        entries=entries, scope=Scope(masks["scope"]), seed=masks["seed"], keep_all=False
+    )
 
 
 def _declared_teacher(config: RunConfig, name: str) -> Identity:

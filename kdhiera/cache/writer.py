@@ -43,6 +43,7 @@ from kdhiera.storage import disk_errors, write_atomic
 from kdhiera.stores import Files
 from kdhiera.views import RowStatus
 
+
 @dataclass(frozen=True, kw_only=True)
 class CommitResult:
     """What became of an attempt.
@@ -411,7 +412,7 @@ class Attempt:
         same_base = hashlib.sha256(record).hexdigest() == base.sha256
         return same_base and self.cache.columns.still_there(column)
 
-    def _record(self, kind: str, fingerprint: str) -> dict[str, object]:
+    def _record(self, kind: str, fingerprint: str | None) -> dict[str, object]:
         return {
             "kind": kind,
             **asdict(self.part),

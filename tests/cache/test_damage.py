@@ -161,6 +161,6 @@ def test_a_damaged_status_is_found_where_rows_are_bad(tmp_path: Path):
 
 def test_a_damaged_part_is_made_anew_as_the_message_says(cache: Cache):
     empty(file_of(cache, "base.zarr/units/c.1.0"))
-    shutil.rmtree((Path(cache.url) / commit_folder(PART)))
+    shutil.rmtree(Path(cache.url) / commit_folder(PART))
     write_part(cache, PART, WHAT)
     use_everything(cache)

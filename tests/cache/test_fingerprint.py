@@ -216,4 +216,6 @@ def test_grid_and_plan_come_back_from_an_identity(keep: str):
     for strategy in Strategy:
         for ratio in (0.3, 0.5, 0.9):
             spec = MaskSpec(strategy=strategy, scope=Scope.SLOT, ratio=ratio, seed=0)
-            assert plan.lacks(spec, draws=2) == wanted.lacks(spec, draws=2)
+            assert plan.lacks(spec, draws=2, units_per_slot=4) == wanted.lacks(
+                spec, draws=2, units_per_slot=4
+            )

@@ -44,7 +44,11 @@ def taught(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
     original = Featurizer.teach
 
     def teach(
-        self: Featurizer, clips: np.ndarray, *, layers: Mapping[str, Sequence[str]], with_scores: bool
+        self: Featurizer,
+        clips: np.ndarray,
+        *,
+        layers: Mapping[str, Sequence[str]],
+        with_scores: bool,
     ) -> dict[str, TeacherOutput]:
         for teacher, names in layers.items():
             seen.update({(teacher, name): len(clips) for name in names})
@@ -57,7 +61,9 @@ def taught(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
     return seen
 
 
-def _quiet_widths(original: Callable[..., Any], seen: Counter[tuple[str, str]]) -> Callable[..., Any]:
+def _quiet_widths(
+    original: Callable[..., Any], seen: Counter[tuple[str, str]]
+) -> Callable[..., Any]:
     def widths(self: Featurizer, layers: Mapping[str, Sequence[str]]) -> Any:
         before = Counter(seen)
         found = original(self, layers)
@@ -295,12 +301,16 @@ def test_other_library_versions_pass_a_replay_probe_or_are_refused(
     before = set(Path(run.cache.dir, "commits").rglob("*"))
     if scale == "1":
         extract(more, progress=progress, on_plan=plans.append)
-        made = {dict(c.base.versions)["kdhiera"] for c in Cache.open(run.cache.dir).commits().values()}
+        made = {
+            dict(c.base.versions)["kdhiera"] for c in Cache.open(run.cache.dir).commits().values()
+        }
         assert made == {"0.0.1", "0.1.0"}
         extract(more, progress=progress, on_plan=plans.append)
         assert [plan.probe for plan in plans] == [4, 0]
     else:
-        with pytest.raises(MismatchError, match=r"other library versions.*kdhiera 0\.1\.0, now 0\.0\.1"):
+        with pytest.raises(
+            MismatchError, match=r"other library versions.*kdhiera 0\.1\.0, now 0\.0\.1"
+        ):
             extract(more, progress=progress)
         assert set(Path(run.cache.dir, "commits").rglob("*")) == before
 
@@ -315,7 +325,13 @@ def test_two_extractions_at_once_lose_nothing(
     whole = make_config("whole")
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", "from kdhiera.cli import main; main()", "extract-teachers", path],
+            [
+                sys.executable,
+                "-c",
+                "from kdhiera.cli import main; main()",
+                "extract-teachers",
+                path,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
