@@ -32,7 +32,7 @@ def test_overrides_are_yaml_at_dotted_keys() -> None:
         ],
     )
     assert config.train.epochs == 7
-    assert config.masks.strategies == (Strategy.RANDOM, Strategy.TUBE)
+    assert [e.strategy for e in config.masks.strategies] == [Strategy.RANDOM, Strategy.TUBE]
     assert config.mask_spec.ratio == 0.9
     assert config.data.shards == ("only.tar",)
     assert config.objective_layers["image"] == ("12",)

@@ -86,7 +86,7 @@ def test_training_compares_what_the_config_declares(tmp_path: Path):
 
 def test_another_format_is_refused(tmp_path: Path):
     cache = make_cache(tmp_path)
-    body = unseal((tmp_path / "cache.json").read_bytes(), tmp_path)
+    body = unseal((tmp_path / "cache.json").read_bytes(), str(tmp_path))
     body["identity"]["format"] = 99
     (tmp_path / "cache.json").write_bytes(seal(body))
     with pytest.raises(MismatchError, match="has format 99"):
@@ -185,8 +185,8 @@ def test_a_record_under_another_identity_is_refused(tmp_path: Path):
     with pytest.raises(DamagedError, match="committed under another identity"):
         Cache.open(tmp_path).commits()
     (tmp_path / "columns" / "video.2.int8" / "column.json").unlink()
-    with pytest.raises(DamagedError, match="restore the file from a copy"):
-        Cache.open(tmp_path).commits()
+    found = Cache.open(tmp_path).commits()  # a column without its identity is not there
+    assert all("video.2.int8" not in commits.columns for commits in found.values())
 
 
 def test_plan_of_an_opened_cache_names_what_it_does_not_cover(tmp_path: Path):

@@ -25,7 +25,7 @@ def test_any_changed_missing_or_added_byte_is_noticed(data: st.DataObject):
         sealed + sealed[where:],
     ):
         with pytest.raises(DamagedError, match=r"record\.json is damaged"):
-            unseal(damaged, Path("record.json"))
+            unseal(damaged, "record.json")
 
 
 @pytest.mark.parametrize(
