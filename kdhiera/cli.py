@@ -29,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+cache_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after a cache.")
 config_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at a run's configuration."
 )
@@ -63,6 +64,20 @@ app.add_typer(
     config_app,
     name="config",
     cls=_with_examples(TyperGroup, ("kdhiera config show configs/demo.yaml",)),
+)
+
+
+app.add_typer(
+    cache_app,
+    name="cache",
+    cls=_with_examples(
+        TyperGroup,
+        (
+            "kdhiera cache verify configs/demo.yaml",
+            "kdhiera cache verify caches/demo --repair",
+            "kdhiera cache drop caches/demo image.9.int8",
+        ),
+    ),
 )
 
 
@@ -222,6 +237,59 @@ def config_show(config: Config, overrides: Overrides = None, as_json: AsJson = F
     from kdhiera.config import dump
 
     typer.echo(run.model_dump_json(indent=2) if as_json else dump(run), nl=as_json)
+
+
+CacheAt = Annotated[
+    str, typer.Argument(metavar="CACHE", help="A config (.yaml), a folder, or s3://bucket/prefix.")
+]
+
+
+def _open_cache(where: str) -> Any:
+    from kdhiera.cache.commit import Cache
+
+    is_config = where.endswith((".yaml", ".yml"))
+    return Cache.open(_load(where, None).cache.dir if is_config else where)
+
+
+@_command(
+    "verify",
+    "kdhiera cache verify configs/demo.yaml",
+    "kdhiera cache verify caches/demo --repair",
+    to=cache_app,
+)
+def cache_verify(
+    cache: CacheAt,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove the commits of what is damaged.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte of a cache and list what is missing or wrong.
+
+    Repair removes commits only; the next extraction computes what they named again.
+    """
+    from kdhiera.cache import verify as checking
+
+    opened = _open_cache(cache)
+    found = checking.verify(opened)
+    if repair:
+        found = checking.repair(opened, found)
+    _emit(found, found.describe, as_json)
+    if any(not problem.drops for problem in found.problems) or (found.problems and not repair):
+        raise typer.Exit(ExitCode.FAILED)
+
+
+@_command("drop", "kdhiera cache drop caches/demo image.9.int8", to=cache_app)
+def cache_drop(
+    cache: CacheAt,
+    column: Annotated[str, typer.Argument(metavar="COLUMN", help="Such as image.9.int8.")],
+) -> None:
+    """Remove a column from a cache, so that it is not there for any reader."""
+    from kdhiera.cache.verify import drop_column
+
+    opened = _open_cache(cache)
+    count = drop_column(opened, column)
+    typer.echo(f"dropped   {column} of {opened.url}: {count:,} commits")
 
 
 def main() -> None:

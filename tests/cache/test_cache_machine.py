@@ -79,7 +79,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule()
     def reopen(self) -> None:
-        self.cache = Cache.open(self.Path(cache.url))
+        self.cache = Cache.open(self.cache.url)
 
     @invariant()
     def readers_see_what_was_committed(self) -> None:
