@@ -69,7 +69,7 @@ class Verified:
                 "result    repaired: run `kdhiera extract-teachers CONFIG` to fill it again"
             )
         else:
-            lines.append(f"result    {len(self.problems)} problems; --repair drops what is damaged")
+            lines.append(f"result    {len(self.problems)} problems; --repair drops the damaged")
         return "\n".join(lines)
 
 
