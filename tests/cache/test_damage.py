@@ -142,7 +142,7 @@ def test_a_record_that_changes_after_opening_is_noticed(cache: Cache):
     with pytest.raises(DamagedError, match=r"video\.2\.int8\.json has changed since"):
         reader.read(np.array([0]), view=0)
     record.unlink()
-    with pytest.raises(DamagedError, match=r"record video\.2\.int8\.json is gone"):
+    with pytest.raises(DamagedError, match=r"video\.2\.int8\.json is gone"):
         reader.read(np.array([0]), view=0)
 
 

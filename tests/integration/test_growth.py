@@ -120,7 +120,7 @@ def test_layers_encodings_views_and_shards_are_added_and_nothing_is_done_twice(
     after = contents(more)
     assert all(after[key][:3] == what[:3] for key, what in before.items())  # rows as they were
     whole = contents(first.model_copy(update={"cache": layer.cache}))
-    assert whole == before
+    assert {key: whole[key] for key in before} == before
 
     fresh = more.model_copy(
         update={"cache": layer.cache.model_copy(update={"dir": layer.cache.dir + "-fresh"})}
@@ -156,14 +156,14 @@ def test_a_basis_is_made_once_and_compact_rows_stay_within_their_bound(
     compact = make_run(
         "compact",
         cache={"encoding": "compact"},
-        extract={"batch_size": 4, "device": "cpu", "calibration_rows": 12},
+        extract={"batch_size": 4, "device": "cpu", "calibration_rows": 24},
         train={"max_steps": 3, "epochs": 3, "batch_size": 8, "device": "cpu", "lr": 1e-3},
     )
     extract(compact, progress=progress)
     cache = Cache.open(compact.cache.dir)
     columns = [*columns_of(exact), *columns_of(compact)]
     reader = CacheReader(cache, num_views=2, columns=columns)
-    rows = reader.read(np.arange(reader.num_samples), view=1)
+    rows = reader.read(np.arange(reader.num_samples), view=0)  # what the basis saw
     import torch
 
     units = torch.from_numpy(rows.units.astype(np.int64))
@@ -175,7 +175,7 @@ def test_a_basis_is_made_once_and_compact_rows_stay_within_their_bound(
             values.append(reader.codec(name).decode(arrays, units)[units >= 0].double())
         mean = torch.from_numpy(reader.statistics(column).mean)
         share = (values[1] - values[0]).square().sum() / (values[0] - mean).square().sum()
-        assert share < 2 * error_bound("compact", error=compact.cache.compact_error), column
+        assert share < error_bound("compact", error=compact.cache.compact_error), column
     stamp = {c: cache.columns.basis_sha256(c) for c in columns_of(compact)}
     assert all(stamp.values())
     more = compact.model_copy(update={"views": compact.views.model_copy(update={"num": 3})})
@@ -284,13 +284,10 @@ def test_other_library_versions_pass_a_replay_probe_or_are_refused(
 ) -> None:
     (tmp_path / "scaled.py").write_text(FACTORY)
     monkeypatch.syspath_prepend(tmp_path)
-    settings: dict[str, Any] = {
-        "scores": {"teacher": "colour", "source": "uniform"},
-        "cache": {"encoding": "int8"},
-    }
-    run = make_run("probe", **settings)
     colour = {"kind": "module", "factory": "scaled:build", "layers": ["1"], "precision": "fp32"}
-    values = run.model_dump(mode="json") | {"teachers": {"colour": colour}}
+    values = make_run("probe", cache={"encoding": "int8"}).model_dump(mode="json")
+    values |= {"teachers": {"colour": colour}}
+    values |= {"scores": {"teacher": "colour", "source": "uniform"}}
     run = RunConfig.model_validate(values)
     extract(run, progress=progress)
 
