@@ -17,13 +17,11 @@ from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import calibrate, error_bound
 from kdhiera.cache.reader import CacheReader
 from kdhiera.config import RunConfig, load
-from kdhiera.errors import MismatchError, UsageError
+from kdhiera.errors import UsageError
 from kdhiera.featurize import Featurizer
 from kdhiera.progress import Progress, make_progress
-from kdhiera.stages import assemble
 from kdhiera.stages.assemble import columns_of
 from kdhiera.stages.distill import distill
-from kdhiera.stages.extract_plan import ExtractPlan
 from kdhiera.stages.extract_teachers import extract
 from kdhiera.teachers.base import TeacherOutput
 from kdhiera.training.metrics import read_metrics
@@ -244,72 +242,6 @@ def test_an_objective_that_the_plan_lacks_is_refused_before_extraction(
     with pytest.raises(UsageError, match="random"):
         extract(run, progress=progress)
     assert not Path(run.cache.dir).exists()
-
-
-FACTORY = '''
-import os
-import torch
-from kdhiera.teachers.base import TeacherOutput
-
-class Scaled:
-    """Mean colour of a patch, times what an environment variable says."""
-
-    identity = {"kind": "scaled"}
-    weights_sha256 = "0" * 64
-    score_sources = ()
-
-    def __init__(self, grid):
-        self.grid = grid
-
-    def __call__(self, clips, layers, scores):
-        b = len(clips)
-        t, h, w = self.grid.tokens
-        x = clips.float().reshape(b, t, 2, h, 16, w, 16, 3).mean((2, 4, 6)) / 255
-        x = torch.cat([x, x.square(), x.sqrt(), 1 - x], -1) * float(os.environ.get("SCALE", "1"))
-        return TeacherOutput(features={name: x for name in layers}, scores=None)
-
-def build(*, grid, device, dtype):
-    return Scaled(grid)
-'''
-
-
-@pytest.mark.parametrize("scale", ["1", "1.5"])
-def test_other_library_versions_pass_a_replay_probe_or_are_refused(
-    make_run: MakeRun,
-    progress: Progress,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    scale: str,
-) -> None:
-    (tmp_path / "scaled.py").write_text(FACTORY)
-    monkeypatch.syspath_prepend(tmp_path)
-    colour = {"kind": "module", "factory": "scaled:build", "layers": ["1"], "precision": "fp32"}
-    values = make_run("probe", cache={"encoding": "int8"}).model_dump(mode="json")
-    values |= {"teachers": {"colour": colour}}
-    values |= {"scores": {"teacher": "colour", "source": "uniform"}}
-    run = RunConfig.model_validate(values)
-    extract(run, progress=progress)
-
-    monkeypatch.setattr(assemble, "__version__", "0.0.1")
-    monkeypatch.setenv("SCALE", scale)
-    more = run.model_copy(update={"views": run.views.model_copy(update={"num": 3})})
-    plans: list[ExtractPlan] = []
-    before = set(Path(run.cache.dir, "commits").rglob("*"))
-    if scale == "1":
-        extract(more, progress=progress, on_plan=plans.append)
-        made = {
-            dict(c.base.versions)["kdhiera"] for c in Cache.open(run.cache.dir).commits().values()
-        }
-        assert made == {"0.0.1", "0.1.0"}
-        extract(more, progress=progress, on_plan=plans.append)
-        assert [plan.probe for plan in plans] == [4, 0]
-    else:
-        with pytest.raises(
-            MismatchError, match=r"other library versions.*kdhiera 0\.1\.0, now 0\.0\.1"
-        ):
-            extract(more, progress=progress)
-        assert set(Path(run.cache.dir, "commits").rglob("*")) == before
 
 
 def test_two_extractions_at_once_lose_nothing(
