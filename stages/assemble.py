@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import time
 from dataclasses import replace
@@ -120,5 +121,6 @@ def provenance() -> dict[str, object]:
         "versions": dict(versions()),
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "process": f"{platform.node()}/{os.getpid()}",
         "time": time.time(),
     }

@@ -7,6 +7,7 @@ the columns are, and the config is compared with them.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,12 @@ from torch import nn
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import Codec, make_codec
 from kdhiera.cache.expected import expected_shards
-from kdhiera.cache.fingerprint import declared_base, declared_column, fingerprint
+from kdhiera.cache.fingerprint import (
+    canonical_json,
+    declared_base,
+    declared_column,
+    fingerprint,
+)
 from kdhiera.cache.layout import column_id
 from kdhiera.cache.reader import CacheReader
 from kdhiera.cache.rows import KeptRows
@@ -368,7 +374,7 @@ def _head(student: Student, spec: TargetSpec) -> HeadSpec:
 def _identity(config: RunConfig, opened: Opened) -> dict[str, Any]:
     """What decides the weights that come out; paths, devices and logging do not."""
     free = {"device", "log_every", "save_every", "keep_last", "prefetch", "num_threads"}
-    return {
+    identity = {
         "clip": config.clip.model_dump(mode="json"),
         "student": config.student.model_dump(mode="json"),
         "objective": config.objective.model_dump(mode="json"),
@@ -379,6 +385,8 @@ def _identity(config: RunConfig, opened: Opened) -> dict[str, Any]:
         "source": {"mode": config.cache.mode, "encoding": opened.encoding},
         "snapshot": opened.snapshot,
     }
+    plain: dict[str, Any] = json.loads(canonical_json(identity))  # checkpoints hold no enums
+    return plain
 
 
 @contextlib.contextmanager

@@ -1,0 +1,88 @@
+"""The command line: parse, call, print. Stages are imported inside their commands."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from kdhiera.cli.caches import cache_app
+from kdhiera.cli.common import EXIT_CODES, with_examples
+from kdhiera.cli.configs import config_app
+from kdhiera.cli.runs import run_app
+from kdhiera.errors import ExitCode, KdhieraError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(run_app)
+app.add_typer(
+    config_app,
+    name="config",
+    cls=with_examples(TyperGroup, ("kdhiera config show configs/demo.yaml",)),
+)
+
+
+app.add_typer(
+    cache_app,
+    name="cache",
+    cls=with_examples(
+        TyperGroup,
+        (
+            "kdhiera cache verify configs/demo.yaml",
+            "kdhiera cache verify caches/demo --repair",
+            "kdhiera cache drop caches/demo image.9.int8",
+        ),
+    ),
+)
+
+
+@app.callback(
+    cls=with_examples(
+        TyperGroup,
+        (
+            "kdhiera extract-teachers configs/demo.yaml",
+            "kdhiera distill configs/demo.yaml train.epochs=50",
+            "kdhiera evaluate configs/demo.yaml",
+            "kdhiera show configs/demo.yaml",
+        ),
+    ),
+    epilog=EXIT_CODES,
+    invoke_without_command=True,
+)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")] = False,
+) -> None:
+    """Cheap teacher-guided pre-training of hierarchical video transformers."""
+    if version:
+        from kdhiera import __version__
+
+        typer.echo(f"kdhiera {__version__}")
+        raise typer.Exit
+    logging.basicConfig(
+        level=logging.WARNING if quiet else logging.INFO,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+
+
+def main() -> None:
+    """Entry point: one sentence and an exit code for what a user can mend."""
+    try:
+        app()
+    except KdhieraError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        typer.echo(
+            f"error: {error.strerror or error}:{where}; correct the path, or free it", err=True
+        )
+        sys.exit(ExitCode.FAILED)

@@ -1,0 +1,57 @@
+"""What every command shares: its help, its arguments, how a result is printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from kdhiera.config import RunConfig
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 failed; 2 wrong config or input, nothing started; 3 refused: made for "
+    "another configuration; 4 too much bad data; 5 some shards failed, run again; 75 stopped, "
+    "run again to go on."
+)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Dotted overrides: train.epochs=50"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def with_examples(base: type[Any], examples: tuple[str, ...]) -> type[Any]:
+    """A command class whose help begins with examples."""
+
+    class WithExamples(base):  # type: ignore[misc]
+        def format_help(self, ctx: object, formatter: Any) -> None:
+            formatter.write("Examples:\n" + "".join(f"  {line}\n" for line in examples) + "\n")
+            super().format_help(ctx, formatter)
+
+    return WithExamples
+
+
+def command(
+    name: str, *examples: str, to: typer.Typer
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose help begins with examples and ends with the exit codes."""
+    cls = with_examples(TyperCommand, examples)
+    return to.command(name, cls=cls, epilog=EXIT_CODES)
+
+
+def load(config: str, overrides: list[str] | None = None) -> RunConfig:
+    """The run's configuration."""
+    from kdhiera.config import load as read_config
+
+    return read_config(config, overrides or ())
+
+
+def emit(result: Any, lines: Callable[[], str], as_json: bool) -> None:
+    """Print a result for people, or as JSON."""
+    typer.echo(json.dumps(result.to_json(), indent=2) if as_json else lines())

@@ -1,0 +1,120 @@
+"""Commands that run a stage; each imports its stage when it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdhiera.cli.common import AsJson, Config, Overrides, command, emit, load
+
+run_app = typer.Typer()
+
+
+@command(
+    "extract-teachers",
+    "kdhiera extract-teachers configs/demo.yaml",
+    "kdhiera extract-teachers configs/demo.yaml --dry-run",
+    "kdhiera extract-teachers configs/demo.yaml 'data.shards=/data/k400-{000..099}.tar'",
+    to=run_app,
+)
+def extract_teachers(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the teachers over the shards and store features and scores in the cache.
+
+    Computes what the config needs and the cache lacks; stopped or killed, the same command
+    goes on. Bad videos become rows with a status.
+    """
+    run = load(config, overrides)
+    from kdhiera.progress import make_progress
+    from kdhiera.stages.extract_teachers import extract
+
+    with make_progress() as progress:
+        summary = extract(
+            run,
+            progress=progress,
+            dry_run=dry_run,
+            on_plan=lambda plan: typer.echo(plan.describe(), err=as_json),
+        )
+    emit(summary, summary.describe, as_json)
+
+
+@command(
+    "distill",
+    "kdhiera distill configs/demo.yaml",
+    "kdhiera distill configs/demo.yaml train.epochs=50 objective.loss=cosine",
+    "kdhiera distill configs/demo.yaml cache.mode=live --overwrite",
+    to=run_app,
+)
+def distill(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Demand a checkpoint to go on from.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew over an earlier run.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the student from the cache; goes on from a checkpoint of the same run.
+
+    Reads neither videos nor teachers, except with cache.mode=live.
+    """
+    run = load(config, overrides)
+    from kdhiera.progress import make_progress
+    from kdhiera.stages.distill import distill as run_distill
+
+    with make_progress() as progress:
+        summary = run_distill(run, progress=progress, resume=resume, overwrite=overwrite)
+    emit(summary, summary.describe, as_json)
+
+
+@command(
+    "evaluate",
+    "kdhiera evaluate configs/demo.yaml",
+    "kdhiera evaluate configs/demo.yaml evaluate.neighbours=5 --json",
+    to=run_app,
+)
+def evaluate(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Measure the frozen student by k-NN and linear probe on held-out labelled clips.
+
+    A student of random weights and the pooled teachers stand beside it.
+    """
+    run = load(config, overrides)
+    from kdhiera.progress import make_progress
+    from kdhiera.stages.evaluate import evaluate as run_evaluate
+
+    with make_progress() as progress:
+        summary = run_evaluate(run, progress=progress)
+    emit(summary, summary.describe, as_json)
+
+
+@command(
+    "show",
+    "kdhiera show configs/demo.yaml",
+    "kdhiera show configs/demo.yaml --clips 3 --out pictures",
+    to=run_app,
+)
+def show(
+    config: Config,
+    overrides: Overrides = None,
+    clips: Annotated[int, typer.Option("--clips", min=1, max=50, help="Clips to draw.")] = 2,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder; by default the run's pictures/.")
+    ] = None,
+) -> None:
+    """Draw clips as PNG: frames, scores, mask, PCA of teacher and student features."""
+    run = load(config, overrides)
+    from kdhiera.progress import make_progress
+    from kdhiera.stages.show import show as run_show
+
+    with make_progress() as progress:
+        paths = run_show(run, num_clips=clips, folder=out, progress=progress)
+    for path in paths:
+        typer.echo(str(path))
