@@ -162,6 +162,19 @@ class ObjectStore:
         with ThreadPoolExecutor(_THREADS) as pool:
             return list(pool.map(self._read_or_none, keys))
 
+    def read_ends(self, sizes: Mapping[str, int], num_bytes: int) -> list[bytes | None]:
+        """The last bytes of many objects, 16 at once."""
+
+        def read(item: tuple[str, int]) -> bytes | None:
+            key, size = item
+            try:
+                return self.read_range(key, max(0, size - num_bytes), size)
+            except FileNotFoundError:
+                return None
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return list(pool.map(read, sizes.items()))
+
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of an object, fewer where it ends before; `start` is in it."""
         with _clear(self.url):
@@ -240,6 +253,13 @@ class ObjectStore:
         for page in self._pages(folder):
             for path, num_bytes, modified in page:
                 yield Entry(key=path[skip:], num_bytes=num_bytes, modified=modified)
+
+    def unfinished(self) -> Iterator[Entry]:
+        """None: an object is whole or not listed."""
+        return iter(())
+
+    def prune(self, folder: str) -> None:
+        """Nothing: a bucket has no folders."""
 
     def stage(self, folder: str) -> Path:
         """A temporary folder of this machine (TMPDIR)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -140,21 +140,25 @@ def seal(body: Mapping[str, object]) -> bytes:
     return b"".join((_HEAD, data, _MIDDLE, hashlib.sha256(data).hexdigest().encode(), _TAIL))
 
 
-def unseal(data: bytes, path: str) -> dict[str, Any]:
+def unseal(data: bytes, path: str, *, kinds: Collection[str] = ()) -> dict[str, Any]:
     """Inverse of `seal`.
 
     Args:
         data: Bytes of the file.
         path: Where they came from, for the message.
+        kinds: What the record may be: a sound record may lie in another one's place.
 
     Raises:
-        DamagedError: If they are not what `seal` wrote.
+        DamagedError: If they are not what `seal` wrote, or a record of another kind.
     """
     body, end = data[len(_HEAD) : -_SEAL_BYTES], data[-_SEAL_BYTES:]
     expected = b"".join((_MIDDLE, hashlib.sha256(body).hexdigest().encode(), _TAIL))
     if not data.startswith(_HEAD) or end != expected:
         raise DamagedError(f"{path} is damaged: it does not match its own checksum")
     record: dict[str, Any] = json.loads(body)
+    if kinds and record.get("kind") not in kinds:
+        wanted = " or ".join(kinds)
+        raise DamagedError(f"{path} is damaged: it is a {record.get('kind')}, not a {wanted}")
     return record
 
 
@@ -171,7 +175,7 @@ def parse_commit(data: bytes, path: str) -> tuple[Commit, str]:
     Raises:
         DamagedError: If the record is damaged.
     """
-    body = unseal(data, path)
+    body = unseal(data, path, kinds=("base", "column"))
     part = PartId(shard_id=body["shard_id"], view=body["view"])
     sha256 = hashlib.sha256(data).hexdigest()
     num_bytes = sum(size for size, _ in body["files"].values())

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.layout import PartId, basis_file, column_file, commit_file
+from kdhiera.cache.layout import PartId, column_file, column_folder, commit_file
 from kdhiera.cache.records import BaseCommit, ColumnCommit, Commit
 from kdhiera.errors import DamagedError, UsageError
 
@@ -131,7 +131,9 @@ def drop_column(cache: Cache, column: str) -> int:
     if not mine and column not in cache.columns.names():
         there = ", ".join(cache.columns.names()) or "none"
         raise UsageError(f"the cache in {cache.url} has no column {column}; it has: {there}")
-    cache.store.delete([column_file(column), *mine, basis_file(column)])
+    folder = column_folder(column)
+    rest = [f"{folder}/{name}" for name in cache.store.names(folder)]
+    cache.store.delete([column_file(column), *mine, *rest])
     return len(mine)
 
 
@@ -172,7 +174,8 @@ def _read_records(
         try:
             cache.columns.check_basis(column.column, column.basis_sha256)
         except DamagedError as error:
-            bad = (*drops, basis_file(column.column))
+            basis = cache.columns.basis_key(column.column)
+            bad = (*drops, *((basis,) if basis else ()))
             problems.append(Problem(what=str(error), drops=bad))
             continue
         sound.append(column)
