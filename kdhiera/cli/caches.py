@@ -63,3 +63,30 @@ def cache_drop(
     opened = _open_cache(cache)
     count = drop_column(opened, column)
     typer.echo(f"dropped   {column} of {opened.url}: {count:,} commits")
+
+
+@command(
+    "gc",
+    "kdhiera cache gc configs/demo.yaml",
+    "kdhiera cache gc caches/demo --yes",
+    to=cache_app,
+)
+def cache_gc(
+    cache: CacheAt,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; otherwise only look.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove files that no commit names: of dropped columns, lost attempts, dead processes.
+
+    An attempt that has not ended is left alone until twice extract.lease_seconds after it last
+    wrote a file. Safe beside a running extraction and training.
+    """
+    opened = _open_cache(cache)
+    from kdhiera.cache.garbage import collect
+    from kdhiera.progress import make_progress
+
+    with make_progress() as progress:
+        found = collect(opened, remove=yes, progress=progress)
+    emit(found, found.describe, as_json)
+    if found.problems:
+        raise typer.Exit(ExitCode.FAILED)
