@@ -49,17 +49,21 @@ class Columns:
             DamagedError: If it is damaged.
         """
         path = column_file(column)
+        way_out = (
+            f"Restore it from a copy, or run `kdhiera cache verify {self._store.url} --repair`, "
+            "then `kdhiera extract-teachers CONFIG`"
+        )
         try:
             body = unseal(self._store.read(path), f"{self._store.url}/{path}")
         except FileNotFoundError:
             return None
         except DamagedError as error:
+            raise DamagedError(f"{error}. {way_out}") from None
+        its_own = (body.get("kind"), body.get("column")) == ("column", column)
+        if not its_own or body["fingerprint"] != fingerprint(body["identity"]):
             raise DamagedError(
-                f"{error}. Run `kdhiera cache verify {self._store.url} --repair`, then "
-                "`kdhiera extract-teachers CONFIG`"
-            ) from None
-        if body["fingerprint"] != fingerprint(body["identity"]) or body["column"] != column:
-            raise DamagedError(f"{self._store.url}/{path} is not the record of column {column}")
+                f"{self._store.url}/{path} is not the record of column {column}. {way_out}"
+            )
         return body
 
     def identity(self, column: str) -> Identity | None:

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.layout import SHARDS
+from kdhiera.cache.layout import SHARDS, shard_file
 from kdhiera.cache.records import redact, seal, unseal
+from kdhiera.stores import Store
 
 
 def expect_shard(cache: Cache, shard_id: str, *, path: str) -> None:
@@ -27,8 +28,19 @@ def expect_shard(cache: Cache, shard_id: str, *, path: str) -> None:
         shard_id: Identity of the shard.
         path: Where it lies now; the latest word counts.
     """
-    record = {"path": _absolute(path), "time": time.time()}
-    cache.store.write(f"{SHARDS}/{shard_id}", seal(record))
+    write_shard_record(cache.store, shard_id, path=path, when=time.time())
+
+
+def write_shard_record(store: Store, shard_id: str, *, path: str, when: float) -> None:
+    """Write the record of a shard that was asked for.
+
+    Args:
+        store: Of the cache.
+        shard_id: Identity of the shard.
+        path: Where it lay.
+        when: Seconds since 1970 when it lay there.
+    """
+    store.write(shard_file(shard_id), seal({"path": _absolute(path), "time": when}))
 
 
 def expected_shards(cache: Cache, patterns: Sequence[str]) -> frozenset[str]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from kdhiera.cache.commit import Cache
+from kdhiera.cache.expected import expect_shard
 from kdhiera.cache.fingerprint import base_identity, column_identity
 from kdhiera.cache.layout import PartId, column_id, parse_column
 from kdhiera.cache.reader import CacheReader
@@ -155,6 +156,7 @@ def begin(
     source: SourceInfo = SOURCE,
     lease_seconds: float = 1000.0,
 ) -> Attempt:
+    expect_shard(cache, part.shard_id, path=f"/data/{part.shard_id}.tar")
     return Attempt(
         cache,
         part,
