@@ -10,11 +10,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import PurePosixPath
 from typing import TypeVar
 
 from kdhiera.cache.columns import Columns
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.layout import CACHE_FILE, SHARDS, basis_file, column_file, shard_file
+from kdhiera.cache.layout import CACHE_FILE, SHARDS, column_file, shard_file
 from kdhiera.cache.problems import Problem, part_problem, sha256_of
 from kdhiera.cache.records import BaseCommit, ColumnCommit, unseal
 from kdhiera.cache.survey import PartRecords, Record
@@ -122,14 +123,14 @@ def _basis_problems(
     cache: Cache, columns: Columns, column: str, commits: Sequence[tuple[PartRecords, Record]]
 ) -> Iterator[Problem]:
     """A basis that is not the one parts were encoded with, or parts of another basis."""
-    key = basis_file(column)
+    key = columns.basis_key(column)
     present = columns.basis_sha256(column)
     named = [
         (found, record, record.commit.basis_sha256)
         for found, record in commits
         if isinstance(record.commit, ColumnCommit) and record.commit.basis_sha256 is not None
     ]
-    if present is None and not named:
+    if key is None or (present is None and not named):
         return
     evidence = {key: present}
     if present is not None and not named:
@@ -241,6 +242,7 @@ def _shard_wrong(cache: Cache, key: str, data: bytes | None) -> str:
         body: Mapping[str, object] = unseal(data, f"{cache.url}/{key}")
     except DamagedError as error:
         return str(error)
-    if isinstance(body.get("path"), str) and isinstance(body.get("time"), int | float):
+    its_own = (body.get("kind"), body.get("shard_id")) == ("shard", PurePosixPath(key).name)
+    if its_own and isinstance(body.get("path"), str) and isinstance(body.get("time"), int | float):
         return ""
-    return f"{cache.url}/{key} is not the record of a shard"
+    return f"{cache.url}/{key} is not the record of that shard"

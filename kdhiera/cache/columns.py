@@ -146,6 +146,10 @@ class Columns:
         """Whether the column's basis is stored."""
         return self._store.exists(basis_file(column))
 
+    def basis_key(self, column: str) -> str | None:
+        """File of a column's basis, whether or not it is there; None for an unknown column."""
+        return None if self.fingerprint(column) is None else basis_file(column)
+
     def basis(self, column: str) -> Basis | None:
         """A column's basis, or None if there is none.
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.layout import PartId, basis_file, column_file
+from kdhiera.cache.layout import PartId, column_file, column_folder
 from kdhiera.cache.survey import Record, read_part
 from kdhiera.errors import UsageError
 from kdhiera.progress import human_bytes
@@ -71,7 +71,9 @@ def drop_column(cache: Cache, column: str, *, dry_run: bool = False) -> Dropped:
         freed = sum(pool.map(lambda item: _own_bytes(cache, column, *item), records.items()))
     if not dry_run:
         mine = [key for keys in records.values() for key in keys if _is_of(key, column)]
-        cache.store.delete([*mine, basis_file(column)])
+        folder = column_folder(column)
+        rest = [f"{folder}/{name}" for name in cache.store.names(folder)]
+        cache.store.delete([*mine, *rest])
     return Dropped(
         cache=cache.url,
         column=column,

@@ -40,7 +40,8 @@ def write_shard_record(store: Store, shard_id: str, *, path: str, when: float) -
         path: Where it lay.
         when: Seconds since 1970 when it lay there.
     """
-    store.write(shard_file(shard_id), seal({"path": _absolute(path), "time": when}))
+    record = {"kind": "shard", "shard_id": shard_id, "path": _absolute(path), "time": when}
+    store.write(shard_file(shard_id), seal(record))
 
 
 def expected_shards(cache: Cache, patterns: Sequence[str]) -> frozenset[str]:

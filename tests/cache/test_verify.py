@@ -623,6 +623,9 @@ def test_a_damaged_record_of_a_shard_that_was_never_reached_is_dropped(root: Pat
     (root / "shards/c-0").write_bytes(seal({"other": 1}))
     assert only(check(root)).drops == ("shards/c-0",)
     assert_heals(root, check(root))
+    shutil.copy(root / "shards/a-0", root / "shards/c-0")
+    assert "is not the record of that shard" in only(check(root)).what
+    assert_heals(root, check(root))
 
 
 def test_garbage_is_no_damage(root: Path) -> None:
