@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from kdhiera.errors import UsageError
 from kdhiera.storage import (
     disk_errors,
+    file_crc32c,
     fsync_folder,
     is_temporary,
     make_folder,
@@ -74,6 +75,14 @@ class Store(Protocol):
         """
         ...
 
+    def checksum(self, key: str) -> tuple[int, int]:
+        """Size and crc32c of a file, read in pieces of a few MB.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+        ...
+
     def exists(self, key: str) -> bool:
         """Whether there is such a file."""
         ...
@@ -108,6 +117,10 @@ class Store(Protocol):
 
     def names(self, folder: str) -> list[str]:
         """Names of the files and folders directly in `folder`, sorted; none if it is not there."""
+        ...
+
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders alone directly in `folder`, sorted."""
         ...
 
     def walk(self, folder: str) -> Iterator[Entry]:
@@ -199,6 +212,14 @@ class LocalStore:
         """The last bytes of many files, one by one."""
         return [self._end_or_none(key, max(0, n - num_bytes), n) for key, n in sizes.items()]
 
+    def checksum(self, key: str) -> tuple[int, int]:
+        """Size and crc32c of a file."""
+        path = self.root / key
+        try:
+            return path.stat().st_size, file_crc32c(path)
+        except (NotADirectoryError, IsADirectoryError) as error:
+            raise FileNotFoundError(*error.args) from None
+
     def exists(self, key: str) -> bool:
         """Whether there is such a file."""
         return (self.root / key).is_file()
@@ -238,6 +259,10 @@ class LocalStore:
             return sorted(n for n in os.listdir(self.root / folder) if not n.startswith("."))
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    def folders(self, folder: str) -> list[str]:
+        """Names of folders, and of links to them."""
+        return [name for name in self.names(folder) if (self.root / folder / name).is_dir()]
 
     def walk(self, folder: str) -> Iterator[Entry]:
         """All files below a folder."""

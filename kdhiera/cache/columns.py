@@ -51,18 +51,21 @@ class Columns:
             DamagedError: If it is damaged.
         """
         path = column_file(column)
+        way_out = (
+            f"Restore it from a copy, or run `kdhiera cache verify {self._store.url} --repair`, "
+            "then `kdhiera extract-teachers CONFIG`"
+        )
         try:
             data = self._store.read(path)
             body = unseal(data, f"{self._store.url}/{path}", kinds=(_KIND,))
         except FileNotFoundError:
             return None
         except DamagedError as error:
+            raise DamagedError(f"{error}. {way_out}") from None
+        if body["column"] != column or body["fingerprint"] != fingerprint(body["identity"]):
             raise DamagedError(
-                f"{error}. Run `kdhiera cache verify {self._store.url} --repair`, then "
-                "`kdhiera extract-teachers CONFIG`"
-            ) from None
-        if body["fingerprint"] != fingerprint(body["identity"]) or body["column"] != column:
-            raise DamagedError(f"{self._store.url}/{path} is not the record of column {column}")
+                f"{self._store.url}/{path} is not the record of column {column}. {way_out}"
+            )
         return body
 
     def identity(self, column: str) -> Identity | None:

@@ -6,6 +6,7 @@ records are removed is not there any more.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import re
@@ -28,10 +29,14 @@ from kdhiera.cache.fingerprint import (
     table,
 )
 from kdhiera.cache.layout import (
+    CACHE_ASIDE,
     CACHE_FILE,
+    COLUMNS,
     COMMITS,
     END_BYTES,
     FORMAT,
+    PARTS,
+    SHARDS,
     PartId,
     attempt_folder,
     commit_file,
@@ -56,7 +61,8 @@ from kdhiera.masking import MaskPlan, MaskSpec
 from kdhiera.stores import Store, open_store
 
 _LISTING_THREADS = 8
-_RECORD = re.compile(rf"{COMMITS}/[^/]+/\d+/[^/]+\.json")
+_VIEW = re.compile(r"0|[1-9]\d*")
+_RECORD = re.compile(rf"{COMMITS}/[^/]+/({_VIEW.pattern})/[^/]+\.json")
 
 
 class Cache:
@@ -99,7 +105,8 @@ class Cache:
                 raise UsageError(f"{url} is a file: set cache.dir to a folder")
             if store.names("") and not _made_for(store, fingerprint(identity)):
                 raise UsageError(
-                    f"{url} holds files but no cache: set cache.dir to a new or empty folder"
+                    f"{url} holds files but no cache, nor commits that this config would have "
+                    "made: set cache.dir to a new or empty folder"
                 )
             body = {
                 "kind": "cache",
@@ -133,18 +140,12 @@ class Cache:
                 "cache.dir to where it is"
             ) from None
         except DamagedError as error:
-            raise DamagedError(
-                f"{error}. Restore it from a copy, or remove it and run `kdhiera extract-teachers "
-                "CONFIG` with the config that the cache was made with, which writes it anew"
-            ) from None
-        found = body["identity"].get("format")
-        if found != FORMAT:
-            raise MismatchError(
-                f"the cache in {url} has format {found} and this version of kdhiera reads "
-                f"format {FORMAT}: use another cache.dir"
-            )
+            raise DamagedError(f"{error}. {restoring(url)}") from None
+        _check_format(url, body["identity"].get("format"))
         if body["fingerprint"] != fingerprint(body["identity"]):
-            raise DamagedError(f"{url}/{CACHE_FILE} is damaged: its fingerprint is not its own")
+            raise DamagedError(
+                f"{url}/{CACHE_FILE} is damaged: its fingerprint is not its own. {restoring(url)}"
+            )
         return cls(store, body["identity"])
 
     def check(self, want: Mapping[str, Any], *, declared_only: bool = False) -> None:
@@ -227,7 +228,8 @@ class Cache:
 
     def sources(self, shard_id: str) -> list[SourceInfo]:
         """Shard that each committed view of `shard_id` was made from."""
-        views = sorted(int(view) for view in self.store.names(f"{COMMITS}/{shard_id}"))
+        names = self.store.names(f"{COMMITS}/{shard_id}")
+        views = sorted(int(name) for name in names if _VIEW.fullmatch(name))
         found = (self.part_commits(PartId(shard_id=shard_id, view=view)) for view in views)
         return [commits.base.source for commits in found if commits is not None]
 
@@ -475,13 +477,40 @@ def _part_of(key: str) -> PartId:
     return PartId(shard_id=shard_id, view=int(view))
 
 
+def restoring(url: str | Path) -> str:
+    """What to do about a `cache.json` that is gone or damaged; nothing else is lost with it."""
+    return (
+        f"Restore it from a copy, or run `kdhiera cache verify {url} --repair`, which sets it "
+        "aside, then `kdhiera extract-teachers CONFIG` with the config that the cache was made "
+        "with, which writes it anew and computes nothing twice"
+    )
+
+
+def _check_format(url: str | Path, found: object) -> None:
+    if found == FORMAT:
+        return
+    newer = isinstance(found, int) and found > FORMAT
+    advice = (
+        "use a newer kdhiera, or another cache.dir"
+        if newer
+        else "use the kdhiera that made it, or another cache.dir"
+    )
+    raise MismatchError(
+        f"the cache in {url} has format {found} and this version of kdhiera reads format "
+        f"{FORMAT}: {advice}"
+    )
+
+
 def _made_for(store: Store, wanted: str) -> bool:
-    """Whether the commits of a cache that lost its `cache.json` were made for this identity."""
+    """Whether what is there is a cache of this identity that lost its `cache.json`.
+
+    Damaged records say nothing; where nothing is committed, nothing can be lost.
+    """
     bases = [e.key for e in store.walk(COMMITS) if e.key.endswith("/base.json")]
-    if not bases:
-        return False
-    try:
-        made = {parse_commit(store.read(key), key)[1] for key in bases}
-    except DamagedError:
-        return False
-    return made == {wanted}
+    made: set[str] = set()
+    for data in store.read_many(bases):
+        with contextlib.suppress(DamagedError):
+            made |= {parse_commit(data, "")[1]} if data is not None else set()
+    if made or bases:
+        return made == {wanted}
+    return set(store.names("")) <= {COLUMNS, COMMITS, PARTS, SHARDS, CACHE_ASIDE}

@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.layout import COMMITS, SHARDS
+from kdhiera.cache.layout import COMMITS, SHARDS, shard_file
 from kdhiera.cache.records import redact, seal, unseal
 from kdhiera.errors import DamagedError
+from kdhiera.stores import Store
 
 ShardRecord = tuple[str, float]  # where it lay, when that was noted
 
@@ -31,13 +32,20 @@ def expect_shard(cache: Cache, shard_id: str, *, path: str) -> None:
         shard_id: Identity of the shard.
         path: Where it lies now; the latest word counts.
     """
-    record = {
-        "kind": "shard",
-        "shard_id": shard_id,
-        "path": _absolute(path),
-        "time": time.time(),
-    }
-    cache.store.write(f"{SHARDS}/{shard_id}", seal(record))
+    write_shard_record(cache.store, shard_id, path=path, when=time.time())
+
+
+def write_shard_record(store: Store, shard_id: str, *, path: str, when: float) -> None:
+    """Write the record of a shard that was asked for.
+
+    Args:
+        store: Of the cache.
+        shard_id: Identity of the shard.
+        path: Where it lay.
+        when: Seconds since 1970 when it lay there.
+    """
+    record = {"kind": "shard", "shard_id": shard_id, "path": _absolute(path), "time": when}
+    store.write(shard_file(shard_id), seal(record))
 
 
 def expect_shards(cache: Cache, paths: Mapping[str, str]) -> None:

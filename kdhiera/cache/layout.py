@@ -146,6 +146,7 @@ def column_group(column: str) -> str:
 
 CACHE_FILE = "cache.json"  # identity of the base
 ATTEMPT_FILE = "attempt.json"  # of one attempt; named by no commit
+CACHE_ASIDE = "cache.json.damaged"  # where repair puts one that cannot be believed
 COLUMNS = "columns"  # holds a folder for every column
 COMMITS = "commits"  # holds all commit points
 PARTS = "parts"  # holds what attempts wrote
@@ -181,6 +182,11 @@ def commit_folder(part: PartId) -> str:
 def commit_file(part: PartId, column: str | None) -> str:
     """Commit point of a column, or of the base where `column` is None."""
     return f"{commit_folder(part)}/{'base' if column is None else column}.json"
+
+
+def shard_file(shard_id: str) -> str:
+    """Says that a shard was asked for, and where it lay."""
+    return f"{SHARDS}/{shard_id}"
 
 
 def part_folder(part: PartId) -> str:

@@ -22,6 +22,7 @@ from kdhiera.errors import DamagedError
 Versions = tuple[tuple[str, str], ...]
 
 _HEAD, _MIDDLE, _TAIL = b'{"body":', b',"sha256":"', b'"}\n'
+_COMMITS = ("base", "column")
 _SEAL_BYTES = len(_MIDDLE) + 64 + len(_TAIL)
 
 
@@ -173,11 +174,32 @@ def parse_commit(data: bytes, path: str) -> tuple[Commit, str]:
         The commit and the fingerprint it was made under.
 
     Raises:
-        DamagedError: If the record is damaged.
+        DamagedError: If the record is damaged, or is none of a commit.
     """
-    body = unseal(data, path, kinds=("base", "column"))
+    return commit_of(
+        unseal(data, path, kinds=_COMMITS), sha256=hashlib.sha256(data).hexdigest(), path=path
+    )
+
+
+def commit_of(body: Mapping[str, Any], *, sha256: str, path: str) -> tuple[Commit, str]:
+    """What `parse_commit` gives, from a record's body.
+
+    Args:
+        body: From `unseal`.
+        sha256: Of the whole record.
+        path: Where it came from, for the message.
+
+    Raises:
+        DamagedError: If it is no body of a commit record.
+    """
+    try:
+        return _commit(body, sha256)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedError(f"{path} is no record of a commit ({error!r})") from None
+
+
+def _commit(body: Mapping[str, Any], sha256: str) -> tuple[Commit, str]:
     part = PartId(shard_id=body["shard_id"], view=body["view"])
-    sha256 = hashlib.sha256(data).hexdigest()
     num_bytes = sum(size for size, _ in body["files"].values())
     versions = _shared(tuple(sorted(body["provenance"].get("versions", {}).items())))
     if body["kind"] == "base":

@@ -42,11 +42,12 @@ def cache_verify(
     Repair removes commits only; the next extraction computes what they named again.
     """
     from kdhiera.cache import verify as checking
+    from kdhiera.cache.repair import repair as mend
 
     opened = _open_cache(cache)
     found = checking.verify(opened)
     if repair:
-        found = checking.repair(opened, found)
+        found = mend(opened, found)
     emit(found, found.describe, as_json)
     if any(not problem.drops for problem in found.problems) or (found.problems and not repair):
         raise typer.Exit(ExitCode.FAILED)
@@ -58,11 +59,9 @@ def cache_drop(
     column: Annotated[str, typer.Argument(metavar="COLUMN", help="Such as image.9.int8.")],
 ) -> None:
     """Remove a column from a cache, so that it is not there for any reader."""
-    from kdhiera.cache.verify import drop_column
+    from kdhiera.cache.drop import drop_column
 
-    opened = _open_cache(cache)
-    count = drop_column(opened, column)
-    typer.echo(f"dropped   {column} of {opened.url}: {count:,} commits")
+    typer.echo(drop_column(_open_cache(cache), column).describe())
 
 
 @command(

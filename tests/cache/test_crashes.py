@@ -30,10 +30,12 @@ from tiny_cache import (
 
 from kdhiera.cache import layout
 from kdhiera.cache.commit import Cache
+from kdhiera.cache.drop import drop_column
 from kdhiera.cache.layout import PartId
 from kdhiera.cache.reader import CacheReader
 from kdhiera.cache.records import unseal
-from kdhiera.cache.verify import drop_column, repair, verify
+from kdhiera.cache.repair import repair
+from kdhiera.cache.verify import verify
 from kdhiera.errors import DamagedError
 
 A, B = (PartId(shard_id=shard, view=0) for shard in ("a-0", "b-0"))

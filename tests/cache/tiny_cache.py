@@ -15,6 +15,7 @@ import torch
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import NEEDS_BASIS, basis_to_npz, calibrate
+from kdhiera.cache.expected import expect_shard
 from kdhiera.cache.fingerprint import base_identity, column_identity
 from kdhiera.cache.garbage import Collected, collect
 from kdhiera.cache.layout import PartId, column_id, parse_column
@@ -29,8 +30,7 @@ from kdhiera.progress import make_progress
 from kdhiera.views import ClipView, RowStatus
 
 WIDTHS = {"image.1.int8": 8, "image.1.fp32": 8, "image.norm.int8": 8, "video.2.int8": 6}
-OTHERS = {"image.1.fp16": 8, "image.1.bf16": 8, "image.1.compact": 8}
-ALL_WIDTHS = {**WIDTHS, **OTHERS}
+OTHERS = {"image.1.fp16": 8, "image.1.bf16": 8, "image.1.compact": 8, "video.2.compact": 6}
 COLUMNS = ("image.1.int8", "video.2.int8")
 SOURCE = SourceInfo(path="shard.tar", num_bytes=1000, sha256="ab" * 32)
 
@@ -84,7 +84,7 @@ def add_column(cache: Cache, column: str, weights: str = "22") -> None:
 def basis(column: str) -> bytes:
     """A basis that suits the features of `content`, the same every time."""
     rng = np.random.default_rng(7)
-    features = rng.normal(size=(40, 8, 4, ALL_WIDTHS[column])).astype(np.float32) * 3
+    features = rng.normal(size=(40, 8, 4, (WIDTHS | OTHERS)[column])).astype(np.float32) * 3
     encoding = parse_column(column).encoding
     return basis_to_npz(calibrate(encoding, torch.from_numpy(features), error=0.01))
 
@@ -143,7 +143,7 @@ def content(part: PartId, num_rows: int = 5, *, bad: Sequence[int] = (), seed: i
     pixels = rng.integers(0, 256, (n, 4, 2, 32, 32, 3), dtype=np.uint8)
     pixels[units < 0] = 0
     features, tokens = {}, {}
-    for column, width in ALL_WIDTHS.items():
+    for column, width in {**WIDTHS, **OTHERS}.items():
         everything = rng.normal(size=(n, 8, 4, width)).astype(np.float32) * 3
         tokens[column] = everything.reshape(-1, width)
         kept_features = everything[np.arange(n)[:, None], np.maximum(units, 0)]
@@ -173,11 +173,12 @@ def begin(
     source: SourceInfo = SOURCE,
     lease_seconds: float = 1000.0,
 ) -> Attempt:
+    expect_shard(cache, part.shard_id, path=f"/data/{part.shard_id}.tar")
     return Attempt(
         cache,
         part,
         source=source,
-        columns={c: ALL_WIDTHS[c] for c in columns},
+        columns={c: (WIDTHS | OTHERS)[c] for c in columns},
         base=base,
         provenance={"versions": {"kdhiera": "0"}},
         lease_seconds=lease_seconds,
