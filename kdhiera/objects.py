@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import S3Store
@@ -23,6 +24,7 @@ from kdhiera.storage import file_crc32c
 from kdhiera.stores import Entry, Files
 
 _THREADS = 16
+_PIECE_BYTES = 1 << 22
 _CREATE_TRIES = 3
 _CONNECT = timedelta(seconds=3)
 _REQUEST = timedelta(seconds=120)
@@ -162,6 +164,19 @@ class ObjectStore:
         with ThreadPoolExecutor(_THREADS) as pool:
             return list(pool.map(self._read_or_none, keys))
 
+    def read_ends(self, sizes: Mapping[str, int], num_bytes: int) -> list[bytes | None]:
+        """The last bytes of many objects, 16 at once."""
+
+        def read(item: tuple[str, int]) -> bytes | None:
+            key, size = item
+            try:
+                return self.read_range(key, max(0, size - num_bytes), size)
+            except FileNotFoundError:
+                return None
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return list(pool.map(read, sizes.items()))
+
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of an object, fewer where it ends before; `start` is in it."""
         with _clear(self.url):
@@ -176,6 +191,16 @@ class ObjectStore:
         """
         with _clear(self.url):
             return int(obstore.head(self._store(), self._path(key))["size"])
+
+    def checksum(self, key: str) -> tuple[int, int]:
+        """Size and crc32c of an object, as it streams past."""
+        size = crc32c = 0
+        with _clear(self.url):
+            found = obstore.get(self._store(), self._path(key))
+            for piece in found.stream(min_chunk_size=_PIECE_BYTES):
+                data = bytes(piece)
+                size, crc32c = size + len(data), google_crc32c.extend(crc32c, data)
+        return size, crc32c
 
     def exists(self, key: str) -> bool:
         """Whether there is such an object."""
@@ -229,10 +254,12 @@ class ObjectStore:
 
     def names(self, folder: str) -> list[str]:
         """Names in a folder, from a listing with a delimiter."""
-        with _clear(self.url):
-            found = obstore.list_with_delimiter(self._store(), self._path(folder) or None)
-        paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
-        return sorted({path.rstrip("/").rpartition("/")[2] for path in paths})
+        folders, objects = self._list(folder)
+        return sorted({*folders, *objects})
+
+    def folders(self, folder: str) -> list[str]:
+        """Names of common prefixes, from a listing with a delimiter."""
+        return sorted(self._list(folder)[0])
 
     def walk(self, folder: str) -> Iterator[Entry]:
         """All objects below a folder, by pages of a thousand."""
@@ -240,6 +267,13 @@ class ObjectStore:
         for page in self._pages(folder):
             for path, num_bytes, modified in page:
                 yield Entry(key=path[skip:], num_bytes=num_bytes, modified=modified)
+
+    def unfinished(self) -> Iterator[Entry]:
+        """None: an object is whole or not listed."""
+        return iter(())
+
+    def prune(self, folder: str) -> None:
+        """Nothing: a bucket has no folders."""
 
     def stage(self, folder: str) -> Path:
         """A temporary folder of this machine (TMPDIR)."""
@@ -296,6 +330,14 @@ class ObjectStore:
 
     def _store(self) -> S3Store:
         return _client(self.bucket, _access(), os.environ.get("AWS_ACCESS_KEY_ID"), os.getpid())
+
+    def _list(self, folder: str) -> tuple[list[str], list[str]]:
+        """Names of the folders and of the objects directly in `folder`."""
+        with _clear(self.url):
+            found = obstore.list_with_delimiter(self._store(), self._path(folder) or None)
+        paths = found["common_prefixes"], [meta["path"] for meta in found["objects"]]
+        folders, objects = ([p.rstrip("/").rpartition("/")[2] for p in some] for some in paths)
+        return folders, objects
 
     def _pages(self, folder: str) -> Iterator[list[tuple[str, int, float]]]:
         """(path, size, time of writing) of what lies below a folder, a page at a time."""

@@ -7,17 +7,20 @@ What a cache needs of it is little: whole writes, a write that fails if the name
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, runtime_checkable
 
 from kdhiera.errors import UsageError
 from kdhiera.storage import (
     disk_errors,
+    file_crc32c,
     fsync_folder,
+    is_temporary,
     make_folder,
     put_if_absent,
     sync_folder,
@@ -63,6 +66,23 @@ class Store(Protocol):
         """Contents of many files, at once where that helps; None for what is not there."""
         ...
 
+    def read_ends(self, sizes: Mapping[str, int], num_bytes: int) -> list[bytes | None]:
+        """The last bytes of many files, at once where that helps; None for what is not there.
+
+        Args:
+            sizes: How long each file is taken to be.
+            num_bytes: Bytes of each, or all of one that has no more.
+        """
+        ...
+
+    def checksum(self, key: str) -> tuple[int, int]:
+        """Size and crc32c of a file, read in pieces of a few MB.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+        ...
+
     def exists(self, key: str) -> bool:
         """Whether there is such a file."""
         ...
@@ -99,8 +119,20 @@ class Store(Protocol):
         """Names of the files and folders directly in `folder`, sorted; none if it is not there."""
         ...
 
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders alone directly in `folder`, sorted."""
+        ...
+
     def walk(self, folder: str) -> Iterator[Entry]:
         """All files below a folder, in no order; files being written are left out."""
+        ...
+
+    def unfinished(self) -> Iterator[Entry]:
+        """Files that are being written, or whose writer died; `walk` leaves them out."""
+        ...
+
+    def prune(self, folder: str) -> None:
+        """Remove the folders at and below `folder` that hold nothing, then those above."""
         ...
 
     def stage(self, folder: str) -> Path:
@@ -176,6 +208,18 @@ class LocalStore:
         """Contents of many files, one by one."""
         return [self._read_or_none(key) for key in keys]
 
+    def read_ends(self, sizes: Mapping[str, int], num_bytes: int) -> list[bytes | None]:
+        """The last bytes of many files, one by one."""
+        return [self._end_or_none(key, max(0, n - num_bytes), n) for key, n in sizes.items()]
+
+    def checksum(self, key: str) -> tuple[int, int]:
+        """Size and crc32c of a file."""
+        path = self.root / key
+        try:
+            return path.stat().st_size, file_crc32c(path)
+        except (NotADirectoryError, IsADirectoryError) as error:
+            raise FileNotFoundError(*error.args) from None
+
     def exists(self, key: str) -> bool:
         """Whether there is such a file."""
         return (self.root / key).is_file()
@@ -216,6 +260,10 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def folders(self, folder: str) -> list[str]:
+        """Names of folders, and of links to them."""
+        return [name for name in self.names(folder) if (self.root / folder / name).is_dir()]
+
     def walk(self, folder: str) -> Iterator[Entry]:
         """All files below a folder."""
         try:
@@ -233,6 +281,23 @@ class LocalStore:
             except FileNotFoundError:  # removed since it was listed
                 continue
             yield Entry(key=key, num_bytes=stat.st_size, modified=stat.st_mtime)
+
+    def unfinished(self) -> Iterator[Entry]:
+        """All files with the names that atomic writes give them first."""
+        for parent, _, names in os.walk(self.root):
+            for path in (Path(parent, name) for name in names if is_temporary(name)):
+                with contextlib.suppress(FileNotFoundError):  # finished since it was listed
+                    stat = path.stat()
+                    key = path.relative_to(self.root).as_posix()
+                    yield Entry(key=key, num_bytes=stat.st_size, modified=stat.st_mtime)
+
+    def prune(self, folder: str) -> None:
+        """Remove empty folders, the lowest first; never the root."""
+        below = [Path(parent) for parent, _, _ in os.walk(self.root / folder, topdown=False)]
+        above = [self.root / parent for parent in PurePosixPath(folder).parents]
+        for path in (*below, *above[:-1]):
+            with contextlib.suppress(OSError):  # not empty, or gone
+                path.rmdir()
 
     def stage(self, folder: str) -> Path:
         """The folder itself: what no commit names is not part of the cache."""
@@ -257,5 +322,12 @@ class LocalStore:
     def _read_or_none(self, key: str) -> bytes | None:
         try:
             return self.read(key)
+        except FileNotFoundError:
+            return None
+
+    def _end_or_none(self, key: str, start: int, stop: int) -> bytes | None:
+        try:
+            with (self.root / key).open("rb") as file:
+                return os.pread(file.fileno(), stop - start, start)
         except FileNotFoundError:
             return None

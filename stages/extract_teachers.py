@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.expected import expect_shard
+from kdhiera.cache.expected import expect_shards
 from kdhiera.cache.layout import PartId
 from kdhiera.config import RunConfig
 from kdhiera.data.shards import ShardIndex
@@ -147,6 +147,7 @@ def extract(
         cache = _open(config, identities)
         if plan.probe:
             probe_versions(config, cache, num_rows=plan.probe)
+        expect_shards(cache, {shard.shard_id: shard.path for shard in shards.found})
         failed = _work(config, cache, plan, progress)
     rows, num_bytes, dense_bytes = _committed(config, cache, shards.found)
     summary = ExtractSummary(
@@ -184,8 +185,6 @@ def _work(config: RunConfig, cache: Cache, plan: ExtractPlan, progress: Progress
     """Do what is planned; returns what was given up, in words."""
     if not plan.parts:
         return []
-    for shard in {task.shard.shard_id: task.shard for task in plan.parts}.values():
-        expect_shard(cache, shard.shard_id, path=shard.path)
     total = plan.num_clips + (plan.bases.num_rows if plan.bases else 0)
     bar = progress.start("extract", total, "clips")
     shown = before = 0

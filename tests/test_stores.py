@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import boto3
+import google_crc32c
 import numpy as np
 import pytest
 import tensorstore
@@ -75,6 +76,23 @@ class TestContract:
             "ab/w",
             "top",
         ]
+
+    def test_folders_are_told_from_files(self, store):
+        for key in ("a/x", "a/b/y", "a/c/d/z"):
+            store.write(key, b"1")
+        assert store.folders("") == ["a"]
+        assert store.folders("a") == ["b", "c"]
+        assert store.folders("a/b") == store.folders("a/x") == store.folders("nothing") == []
+
+    def test_checksums_are_those_of_the_whole(self, store):
+        data = np.random.default_rng(0).bytes((1 << 22) + 12345)  # more than a piece
+        store.write("a/b", data)
+        store.write("empty", b"")
+        assert store.checksum("a/b") == (len(data), google_crc32c.value(data))
+        assert store.checksum("empty") == (0, 0)
+        for absent in ("a", "a/c", "a/b/c", "nothing"):
+            with pytest.raises(FileNotFoundError):
+                store.checksum(absent)
 
     def test_deleted(self, store):
         for key in ("a/x", "a/y", "a/z/w", "ab/x"):

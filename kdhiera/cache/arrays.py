@@ -191,5 +191,5 @@ def read_array(cache: Cache, commit: Commit, path: str) -> np.ndarray:
         folder = cache.store.kvstore(f"{cache.folder(commit)}/{path}")
         values: np.ndarray = open_array(folder).read().result()
     except ValueError as error:
-        raise cache.damaged(commit.part, f"{path}: {error}") from None
+        raise cache.unreadable([commit], f"{path}: {error}") from None
     return values

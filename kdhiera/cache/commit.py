@@ -6,13 +6,14 @@ records are removed is not there any more.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,14 @@ from kdhiera.cache.fingerprint import (
     table,
 )
 from kdhiera.cache.layout import (
+    CACHE_ASIDE,
     CACHE_FILE,
+    COLUMNS,
     COMMITS,
+    END_BYTES,
     FORMAT,
+    PARTS,
+    SHARDS,
     PartId,
     attempt_folder,
     commit_file,
@@ -55,7 +61,8 @@ from kdhiera.masking import MaskPlan, MaskSpec
 from kdhiera.stores import Store, open_store
 
 _LISTING_THREADS = 8
-_RECORD = re.compile(rf"{COMMITS}/[^/]+/\d+/[^/]+\.json")
+_VIEW = re.compile(r"0|[1-9]\d*")
+_RECORD = re.compile(rf"{COMMITS}/[^/]+/({_VIEW.pattern})/[^/]+\.json")
 
 
 class Cache:
@@ -98,7 +105,8 @@ class Cache:
                 raise UsageError(f"{url} is a file: set cache.dir to a folder")
             if store.names("") and not _made_for(store, fingerprint(identity)):
                 raise UsageError(
-                    f"{url} holds files but no cache: set cache.dir to a new or empty folder"
+                    f"{url} holds files but no cache, nor commits that this config would have "
+                    "made: set cache.dir to a new or empty folder"
                 )
             body = {
                 "kind": "cache",
@@ -125,25 +133,19 @@ class Cache:
         """
         store = open_store(url)
         try:
-            body = unseal(store.read(CACHE_FILE), f"{url}/{CACHE_FILE}")
+            body = unseal(store.read(CACHE_FILE), f"{url}/{CACHE_FILE}", kinds=("cache",))
         except FileNotFoundError:
             raise UsageError(
                 f"no cache in {url}: run `kdhiera extract-teachers CONFIG` to make it, or set "
                 "cache.dir to where it is"
             ) from None
         except DamagedError as error:
-            raise DamagedError(
-                f"{error}. Restore it from a copy, or remove it and run `kdhiera extract-teachers "
-                "CONFIG` with the config that the cache was made with, which writes it anew"
-            ) from None
-        found = body["identity"].get("format")
-        if found != FORMAT:
-            raise MismatchError(
-                f"the cache in {url} has format {found} and this version of kdhiera reads "
-                f"format {FORMAT}: use another cache.dir"
-            )
+            raise DamagedError(f"{error}. {restoring(url)}") from None
+        _check_format(url, body["identity"].get("format"))
         if body["fingerprint"] != fingerprint(body["identity"]):
-            raise DamagedError(f"{url}/{CACHE_FILE} is damaged: its fingerprint is not its own")
+            raise DamagedError(
+                f"{url}/{CACHE_FILE} is damaged: its fingerprint is not its own. {restoring(url)}"
+            )
         return cls(store, body["identity"])
 
     def check(self, want: Mapping[str, Any], *, declared_only: bool = False) -> None:
@@ -226,7 +228,8 @@ class Cache:
 
     def sources(self, shard_id: str) -> list[SourceInfo]:
         """Shard that each committed view of `shard_id` was made from."""
-        views = sorted(int(view) for view in self.store.names(f"{COMMITS}/{shard_id}"))
+        names = self.store.names(f"{COMMITS}/{shard_id}")
+        views = sorted(int(name) for name in names if _VIEW.fullmatch(name))
         found = (self.part_commits(PartId(shard_id=shard_id, view=view)) for view in views)
         return [commits.base.source for commits in found if commits is not None]
 
@@ -246,7 +249,9 @@ class Cache:
         """Keys of all commit records there are, by part, in sorted order."""
         keys = [e.key for e in self.store.walk(COMMITS) if _RECORD.fullmatch(e.key)]
         split = sorted((_part_of(key), key) for key in keys)
-        return {p: [key for _, key in g] for p, g in groupby(split, key=lambda item: item[0])}
+        return {
+            p: [key for _, key in g] for p, g in itertools.groupby(split, key=lambda item: item[0])
+        }
 
     def commits(self) -> dict[PartId, PartCommits]:
         """Everything that is committed now, in sorted order of parts."""
@@ -279,7 +284,7 @@ class Cache:
         try:
             data = self.store.read(key)
         except FileNotFoundError:
-            raise self.damaged(commit.part, f"its commit record {key} is gone") from None
+            raise self._removed(commit) from None
         if hashlib.sha256(data).hexdigest() != commit.sha256:
             raise self.damaged(commit.part, f"{key} has changed since the cache was opened")
         return unseal(data, f"{self.url}/{key}")
@@ -291,7 +296,8 @@ class Cache:
     def check_files(self, *commits: Commit, contents: bool = False) -> None:
         """Check the files of bases or columns: all sizes, and contents of all but chunks.
 
-        Chunks carry checksums of their own, checked whenever one is read.
+        Chunks carry checksums of their own, checked whenever one is read. Of a file of chunks
+        the end is checked: it tells one such file from another of the same size.
 
         Args:
             *commits: Of one part.
@@ -301,7 +307,7 @@ class Cache:
             DamagedError: Naming the part and the first file that is wrong.
         """
         for problem in self.file_problems(*commits, contents=contents):
-            raise self.damaged(commits[0].part, problem.what)
+            raise self.unreadable(commits, problem.what)
 
     def file_problems(self, *commits: Commit, contents: bool) -> Iterator[FileProblem]:
         """Every file of bases or columns of one part that is missing or wrong.
@@ -310,32 +316,40 @@ class Cache:
             *commits: Of one part.
             contents: Check the contents of chunk files as well.
         """
-        wanted: dict[str, tuple[tuple[int, int], list[Commit]]] = {}
+        wanted: dict[str, _Wanted] = {}
         for commit in commits:
-            for name, entry in self.read_record(commit)["files"].items():
-                key = f"{self.folder(commit)}/{name}"
-                wanted.setdefault(key, (tuple(entry), []))[1].append(commit)
+            record = self.read_record(commit)
+            for name, (size, crc32c) in record["files"].items():
+                end = record["ends"].get(name)
+                file = _Wanted(size=size, crc32c=crc32c, end_crc32c=end, owners=[])
+                wanted.setdefault(f"{self.folder(commit)}/{name}", file).owners.append(commit)
         folders = {self.folder(commit) for commit in commits}
         found = {e.key: e.num_bytes for folder in folders for e in self.store.walk(folder)}
-        small: list[str] = []
-        chunks: list[str] = []  # large: read one at a time
-        for key, ((size, _), owners) in wanted.items():
-            path = f"{self.url}/{key}"
+        whole: list[str] = []
+        chunks: list[str] = []  # large: read one at a time, or only how they end
+        for key, file in wanted.items():
             if key not in found:
-                yield FileProblem(what=f"{path} is missing", key=key, commits=tuple(owners))
-            elif found[key] != size:
-                what = f"{path} has {found[key]:,} bytes and was written with {size:,}"
-                yield FileProblem(what=what, key=key, commits=tuple(owners))
-            elif not is_chunk_file(key):
-                small.append(key)
-            elif contents:
-                chunks.append(key)
-        for keys in (small, *([key] for key in chunks)):
-            for key, data in zip(keys, self.store.read_many(keys), strict=True):
-                (_, crc32c), owners = wanted[key]
-                if data is None or google_crc32c.value(data) != crc32c:
-                    what = f"{self.url}/{key} does not match its checksum"
-                    yield FileProblem(what=what, key=key, commits=tuple(owners))
+                yield self._problem(key, file, "is missing")
+            elif found[key] != file.size:
+                what = f"has {found[key]:,} bytes and was written with {file.size:,}"
+                yield self._problem(key, file, what)
+            else:
+                (chunks if is_chunk_file(key) else whole).append(key)
+        read = zip(whole, self.store.read_many(whole), strict=True)
+        read_chunks: Iterator[tuple[str, bytes | None]]
+        if contents:
+            read_chunks = ((key, self.store.read_many([key])[0]) for key in chunks)
+        else:
+            sizes = {key: wanted[key].size for key in chunks}
+            read_chunks = zip(chunks, self.store.read_ends(sizes, END_BYTES), strict=True)
+        for key, data in itertools.chain(read, read_chunks):
+            file = wanted[key]
+            crc32c = file.crc32c if contents or not is_chunk_file(key) else file.end_crc32c
+            if data is None or google_crc32c.value(data) != crc32c:
+                yield self._problem(key, file, "does not match its checksum")
+
+    def _problem(self, key: str, file: _Wanted, what: str) -> FileProblem:
+        return FileProblem(what=f"{self.url}/{key} {what}", key=key, commits=tuple(file.owners))
 
     def read_file(self, commit: Commit, name: str) -> bytes:
         """Contents of one file of a base or column, checked.
@@ -351,7 +365,7 @@ class Cache:
         try:
             data = self.store.read(key)
         except FileNotFoundError:
-            raise self.damaged(commit.part, f"{self.url}/{key} is missing") from None
+            raise self.unreadable([commit], f"{self.url}/{key} is missing") from None
         if [len(data), google_crc32c.value(data)] != self.read_record(commit)["files"][name]:
             what = f"{self.url}/{key} does not match its checksum"
             raise self.damaged(commit.part, what)
@@ -371,6 +385,27 @@ class Cache:
             f"part {part} of the cache in {self.url} is damaged: {what}. Run `kdhiera cache verify "
             f"{self.url} --repair` to drop what is damaged, then `kdhiera extract-teachers CONFIG` "
             "to make it anew"
+        )
+
+    def unreadable(self, commits: Sequence[Commit], what: str) -> DamagedError:
+        """The error for committed bytes of a part that could not be read: why is in the records.
+
+        Args:
+            commits: What was being read, of one part.
+            what: What happened, in words.
+        """
+        for commit in commits:
+            if not self.store.exists(commit_file(commit.part, commit.column)):
+                return self._removed(commit)
+        return self.damaged(commits[0].part, what)
+
+    def _removed(self, commit: Commit) -> DamagedError:
+        what = "the base" if commit.column is None else f"column {commit.column}"
+        return DamagedError(
+            f"{what} of part {commit.part} was removed from the cache in {self.url} after it was "
+            f"opened: {commit_file(commit.part, commit.column)} is gone (`kdhiera cache drop` and "
+            "`kdhiera cache verify --repair` remove records). Run `kdhiera extract-teachers "
+            "CONFIG` to make it anew"
         )
 
     def _parse(self, part: PartId, keys: Iterable[str]) -> PartCommits | None:
@@ -427,18 +462,55 @@ class FileProblem:
     commits: tuple[Commit, ...]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Wanted:
+    """A file as records name it; `end_crc32c` is of how a chunk file ends."""
+
+    size: int
+    crc32c: int
+    end_crc32c: int | None
+    owners: list[Commit]
+
+
 def _part_of(key: str) -> PartId:
     _, shard_id, view, _ = key.split("/")
     return PartId(shard_id=shard_id, view=int(view))
 
 
+def restoring(url: str | Path) -> str:
+    """What to do about a `cache.json` that is gone or damaged; nothing else is lost with it."""
+    return (
+        f"Restore it from a copy, or run `kdhiera cache verify {url} --repair`, which sets it "
+        "aside, then `kdhiera extract-teachers CONFIG` with the config that the cache was made "
+        "with, which writes it anew and computes nothing twice"
+    )
+
+
+def _check_format(url: str | Path, found: object) -> None:
+    if found == FORMAT:
+        return
+    newer = isinstance(found, int) and found > FORMAT
+    advice = (
+        "use a newer kdhiera, or another cache.dir"
+        if newer
+        else "use the kdhiera that made it, or another cache.dir"
+    )
+    raise MismatchError(
+        f"the cache in {url} has format {found} and this version of kdhiera reads format "
+        f"{FORMAT}: {advice}"
+    )
+
+
 def _made_for(store: Store, wanted: str) -> bool:
-    """Whether the commits of a cache that lost its `cache.json` were made for this identity."""
+    """Whether what is there is a cache of this identity that lost its `cache.json`.
+
+    Damaged records say nothing; where nothing is committed, nothing can be lost.
+    """
     bases = [e.key for e in store.walk(COMMITS) if e.key.endswith("/base.json")]
-    if not bases:
-        return False
-    try:
-        made = {parse_commit(store.read(key), key)[1] for key in bases}
-    except DamagedError:
-        return False
-    return made == {wanted}
+    made: set[str] = set()
+    for data in store.read_many(bases):
+        with contextlib.suppress(DamagedError):
+            made |= {parse_commit(data, "")[1]} if data is not None else set()
+    if made or bases:
+        return made == {wanted}
+    return set(store.names("")) <= {COLUMNS, COMMITS, PARTS, SHARDS, CACHE_ASIDE}

@@ -3,9 +3,9 @@
     CACHE/
       cache.json                                    identity of the base
       columns/<column>/column.json                  identity of a column
-      columns/<column>/basis.npz                    what it needs before its first part
+      columns/<column>/basis-<fingerprint>.npz      what it needs before its first part
       parts/<shard-id>/<view>/<attempt>/            what one attempt wrote
-          attempt.json                              when it began, its lease
+          attempt.json                              when it began, its lease; whether it ended
           rows.parquet                              one row per sample, good or bad
           base.zarr/     units scores pixels
           targets.zarr/  <teacher>/<layer>.<encoding>/  codes [scale] status
@@ -20,7 +20,10 @@ by side, in the cache and inside a part.
 
 from __future__ import annotations
 
+import calendar
 import re
+import secrets
+import time
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -31,7 +34,10 @@ from kdhiera.grid import TUBELET_FRAMES, UNIT_PX, Grid
 FORMAT = 1
 ZARR_SHARD_ROWS = 128
 ZARR_SHARD_BYTES = 256 * 10**6
+END_BYTES = 4096  # of a chunk file: the index of a Zarr shard and the crc32c of its last chunk
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_ATTEMPT = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{12}")
+_STAMP = "%Y%m%dT%H%M%SZ"
 
 
 class ColumnStatus(IntEnum):
@@ -139,6 +145,8 @@ def column_group(column: str) -> str:
 
 
 CACHE_FILE = "cache.json"  # identity of the base
+ATTEMPT_FILE = "attempt.json"  # of one attempt; named by no commit
+CACHE_ASIDE = "cache.json.damaged"  # where repair puts one that cannot be believed
 COLUMNS = "columns"  # holds a folder for every column
 COMMITS = "commits"  # holds all commit points
 PARTS = "parts"  # holds what attempts wrote
@@ -155,9 +163,15 @@ def column_file(column: str) -> str:
     return f"{column_folder(column)}/column.json"
 
 
-def basis_file(column: str) -> str:
-    """What a column needs before its first part."""
-    return f"{column_folder(column)}/basis.npz"
+def basis_file(column: str, fingerprint: str) -> str:
+    """What a column needs before its first part.
+
+    Args:
+        column: Column id.
+        fingerprint: Of the column's identity: a basis never serves a column that was made
+            anew in another way.
+    """
+    return f"{column_folder(column)}/basis-{fingerprint[:12]}.npz"
 
 
 def commit_folder(part: PartId) -> str:
@@ -170,6 +184,11 @@ def commit_file(part: PartId, column: str | None) -> str:
     return f"{commit_folder(part)}/{'base' if column is None else column}.json"
 
 
+def shard_file(shard_id: str) -> str:
+    """Says that a shard was asked for, and where it lay."""
+    return f"{SHARDS}/{shard_id}"
+
+
 def part_folder(part: PartId) -> str:
     """Holds all attempts at a part."""
     return f"{PARTS}/{part.shard_id}/{part.view}"
@@ -178,6 +197,29 @@ def part_folder(part: PartId) -> str:
 def attempt_folder(part: PartId, attempt: str) -> str:
     """What one attempt at a part wrote."""
     return f"{part_folder(part)}/{attempt}"
+
+
+def new_attempt(began: float) -> str:
+    """Name of a new attempt.
+
+    Args:
+        began: Seconds since 1970.
+    """
+    return f"{time.strftime(_STAMP, time.gmtime(began))}-{secrets.token_hex(6)}"
+
+
+def attempt_began(attempt: str) -> float | None:
+    """When an attempt began by its name, in seconds since 1970; None for any other name."""
+    found = _ATTEMPT.fullmatch(attempt)
+    try:
+        return float(calendar.timegm(time.strptime(found[1], _STAMP))) if found else None
+    except ValueError:
+        return None
+
+
+def attempt_file(part: PartId, attempt: str) -> str:
+    """Says when an attempt began, how long it may take, and once it has ended that it has."""
+    return f"{attempt_folder(part, attempt)}/{ATTEMPT_FILE}"
 
 
 def is_chunk_file(file: str) -> bool:

@@ -199,7 +199,7 @@ class CacheReader:
             try:
                 future.result()
             except ValueError as error:
-                raise self.cache.damaged(part, f"{name}: {error}") from None
+                raise self._unreadable(part, f"{name}: {error}") from None
         return KeptRows(
             uids=tuple(uids),
             units=base["units"],
@@ -302,7 +302,11 @@ class CacheReader:
                 },
             )
         except ValueError as error:
-            raise self.cache.damaged(part, str(error)) from None
+            raise self._unreadable(part, str(error)) from None
+
+    def _unreadable(self, part: PartId, what: str) -> DamagedError:
+        commits = self._parts[part]
+        return self.cache.unreadable([commits.base, *commits.columns.values()], what)
 
     def _open_arrays(self, folder: str, names: Iterable[str]) -> dict[str, Any]:
         stores = {name: self.cache.store.kvstore(f"{folder}/{name}") for name in names}

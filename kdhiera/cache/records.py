@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,6 +22,7 @@ from kdhiera.errors import DamagedError
 Versions = tuple[tuple[str, str], ...]
 
 _HEAD, _MIDDLE, _TAIL = b'{"body":', b',"sha256":"', b'"}\n'
+_COMMITS = ("base", "column")
 _SEAL_BYTES = len(_MIDDLE) + 64 + len(_TAIL)
 
 
@@ -140,21 +141,25 @@ def seal(body: Mapping[str, object]) -> bytes:
     return b"".join((_HEAD, data, _MIDDLE, hashlib.sha256(data).hexdigest().encode(), _TAIL))
 
 
-def unseal(data: bytes, path: str) -> dict[str, Any]:
+def unseal(data: bytes, path: str, *, kinds: Collection[str] = ()) -> dict[str, Any]:
     """Inverse of `seal`.
 
     Args:
         data: Bytes of the file.
         path: Where they came from, for the message.
+        kinds: What the record may be: a sound record may lie in another one's place.
 
     Raises:
-        DamagedError: If they are not what `seal` wrote.
+        DamagedError: If they are not what `seal` wrote, or a record of another kind.
     """
     body, end = data[len(_HEAD) : -_SEAL_BYTES], data[-_SEAL_BYTES:]
     expected = b"".join((_MIDDLE, hashlib.sha256(body).hexdigest().encode(), _TAIL))
     if not data.startswith(_HEAD) or end != expected:
         raise DamagedError(f"{path} is damaged: it does not match its own checksum")
     record: dict[str, Any] = json.loads(body)
+    if kinds and record.get("kind") not in kinds:
+        wanted = " or ".join(kinds)
+        raise DamagedError(f"{path} is damaged: it is a {record.get('kind')}, not a {wanted}")
     return record
 
 
@@ -169,11 +174,32 @@ def parse_commit(data: bytes, path: str) -> tuple[Commit, str]:
         The commit and the fingerprint it was made under.
 
     Raises:
-        DamagedError: If the record is damaged.
+        DamagedError: If the record is damaged, or is none of a commit.
     """
-    body = unseal(data, path)
+    return commit_of(
+        unseal(data, path, kinds=_COMMITS), sha256=hashlib.sha256(data).hexdigest(), path=path
+    )
+
+
+def commit_of(body: Mapping[str, Any], *, sha256: str, path: str) -> tuple[Commit, str]:
+    """What `parse_commit` gives, from a record's body.
+
+    Args:
+        body: From `unseal`.
+        sha256: Of the whole record.
+        path: Where it came from, for the message.
+
+    Raises:
+        DamagedError: If it is no body of a commit record.
+    """
+    try:
+        return _commit(body, sha256)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedError(f"{path} is no record of a commit ({error!r})") from None
+
+
+def _commit(body: Mapping[str, Any], sha256: str) -> tuple[Commit, str]:
     part = PartId(shard_id=body["shard_id"], view=body["view"])
-    sha256 = hashlib.sha256(data).hexdigest()
     num_bytes = sum(size for size, _ in body["files"].values())
     versions = _shared(tuple(sorted(body["provenance"].get("versions", {}).items())))
     if body["kind"] == "base":

@@ -5,15 +5,21 @@
 
 Until `commit` publishes, nothing of the attempt can be seen; when it fails or the
 process dies, its folder is garbage and another attempt starts from nothing.
+
+`attempt.json` stands between a writer and the removal of garbage. Removal deletes it first,
+then looks once more for records, then deletes the rest; a writer looks for it after every
+record that it published. Whichever comes first, one of them sees the other: no clock and no
+process that slept through its lease makes a record outlive the files that it names.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import TracebackType
 
 import google_crc32c
@@ -26,13 +32,18 @@ from kdhiera.cache.arrays import ArrayWriter, create_group, read_array
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import Codec
 from kdhiera.cache.layout import (
+    ATTEMPT_FILE,
+    END_BYTES,
     STATUS,
     ColumnStatus,
     PartId,
+    attempt_file,
     attempt_folder,
     base_arrays,
     column_group,
     commit_file,
+    is_chunk_file,
+    new_attempt,
     parse_column,
 )
 from kdhiera.cache.records import BaseCommit, SourceInfo, redact, seal
@@ -127,17 +138,19 @@ class Attempt:
             assert base.part == part, (base.part, part)
             self._units = list(read_array(cache, base, "base.zarr/units"))
         self._lease_seconds = lease_seconds
-        self._deadline = time.monotonic() + lease_seconds
+        self._began, self._began_monotonic = time.time(), time.monotonic()
         self._ended = False
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        self.attempt = f"{stamp}-{secrets.token_hex(6)}"
+        self.attempt = new_attempt(self._began)
         self._key = attempt_folder(part, self.attempt)
         self.folder = cache.store.stage(self._key)
-        with disk_errors(self.folder):
-            lease = {"kind": "attempt", "began": time.time(), "lease_seconds": lease_seconds}
-            write_atomic(self.folder / "attempt.json", seal(lease))
-            self._base = {} if base else self._create_base()
-            self._columns = self._create_columns(columns)
+        try:
+            with disk_errors(self.folder):
+                write_atomic(self.folder / ATTEMPT_FILE, self._lease(ended=False))
+                self._base = {} if base else self._create_base()
+                self._columns = self._create_columns(columns)
+        except BaseException:
+            self.abandon()
+            raise
 
     def __enter__(self) -> Attempt:
         return self
@@ -249,10 +262,17 @@ class Attempt:
         with disk_errors(self.folder):
             written = self._finish()
         self._verify()
+        self._ends = file_ends(self.folder)
         files = self.cache.store.keep(self._key, self.folder)
         self._check_kept(files, written)
         self._check_lease()
         self._ended = True  # from here on a record may name this folder: it stays
+        try:
+            return self._publish(files)
+        finally:  # nothing more is published, whatever happened
+            self._mark_ended()
+
+    def _publish(self, files: Files) -> CommitResult:
         store = self.cache.store
         base = self._bound_to or self._publish_base(files)
         won = base.attempt == self.attempt
@@ -282,6 +302,17 @@ class Attempt:
         assert not self._ended, "a commit may name this attempt"
         self._ended = True
         self.cache.store.discard(self._key, self.folder)
+
+    def _lease(self, *, ended: bool) -> bytes:
+        record = {"kind": "attempt", "began": self._began, "lease_seconds": self._lease_seconds}
+        return seal({**record, "ended": ended})
+
+    def _mark_ended(self) -> None:
+        """Note that this attempt publishes nothing more; without it garbage only stays longer."""
+        store, key = self.cache.store, attempt_file(self.part, self.attempt)
+        with contextlib.suppress(KdhieraError, OSError):
+            if store.exists(key):
+                store.write(key, self._lease(ended=True))
 
     @property
     def _rows_digest(self) -> str:
@@ -356,7 +387,9 @@ class Attempt:
             )
 
     def _check_lease(self) -> None:
-        if time.monotonic() > self._deadline:
+        """A machine that slept shows it in its clock, a clock set back in the monotonic one."""
+        taken = max(time.monotonic() - self._began_monotonic, time.time() - self._began)
+        if taken > self._lease_seconds:
             raise KdhieraError(
                 f"part {self.part} was not committed: the attempt took longer than "
                 f"extract.lease_seconds = {self._lease_seconds:g}; raise it or make smaller shards"
@@ -372,10 +405,13 @@ class Attempt:
             "statuses": count_statuses(self._rows),
             "samples_digest": samples_digest(self._rows),
             "rows_digest": self._rows_digest,
-            "files": _base_files(files),
+            **self._named(_base_files(files)),
         }
-        self.cache.store.create(commit_file(self.part, None), seal(body))
-        return _committed_base(self.cache, self.part)
+        self._create(commit_file(self.part, None), seal(body))
+        commits = self.cache.part_commits(self.part)
+        if commits is None:
+            raise self._removed("its rows were")
+        return commits.base
 
     def _publish_column(self, column: str, files: Files, base: BaseCommit) -> bool:
         """Publish a column unless there is one; returns whether it is this attempt's."""
@@ -391,17 +427,41 @@ class Attempt:
                 if count
             },
             "basis_sha256": target.basis_sha256,
-            "files": _column_files(files, column),
+            **self._named(_column_files(files, column)),
         }
-        key = commit_file(self.part, column)
-        ours = self.cache.store.create(key, seal(body))
+        key, record = commit_file(self.part, column), seal(body)
+        ours = self._create(key, record)
         if ours and not self._still_wanted(column, base):
-            self.cache.store.delete([key])
+            self._withdraw(key, record)
+            raise self._removed(f"column {column} or its rows were")
+        return ours
+
+    def _create(self, key: str, record: bytes) -> bool:
+        """Publish a record unless there is one; returns whether it is this attempt's.
+
+        Raises:
+            KdhieraError: If the attempt's files have been taken for garbage.
+        """
+        ours = self.cache.store.create(key, record)
+        if ours and not self.cache.store.exists(attempt_file(self.part, self.attempt)):
+            self._withdraw(key, record)
             raise KdhieraError(
-                f"part {self.part}: column {column} or its rows were removed from the cache while "
-                "they were being extracted; run the same command again"
+                f"part {self.part} was not committed: its files in {self._key} were removed as "
+                "garbage, which happens to an attempt long after its lease; run the same command "
+                "again"
             )
         return ours
+
+    def _withdraw(self, key: str, record: bytes) -> None:
+        store = self.cache.store
+        if store.read_many([key]) == [record]:  # it may have been dropped and made anew
+            store.delete([key])
+
+    def _removed(self, what: str) -> KdhieraError:
+        return KdhieraError(
+            f"part {self.part}: {what} removed from the cache while it was being extracted; run "
+            "the same command again"
+        )
 
     def _still_wanted(self, column: str, base: BaseCommit) -> bool:
         """Whether what the column was bound to is still there: it may have been dropped."""
@@ -409,8 +469,14 @@ class Attempt:
             record = self.cache.store.read(commit_file(self.part, None))
         except FileNotFoundError:
             return False
+        columns, basis = self.cache.columns, self._columns[column].basis_sha256
         same_base = hashlib.sha256(record).hexdigest() == base.sha256
-        return same_base and self.cache.columns.still_there(column)
+        return same_base and columns.still_there(column) and columns.same_basis(column, basis)
+
+    def _named(self, files: Files) -> dict[str, object]:
+        """The list of files of a record, with the checksums of how its chunk files end."""
+        ends = {name: self._ends[name] for name in files if name in self._ends}
+        return {"files": files, "ends": ends}
 
     def _record(self, kind: str, fingerprint: str | None) -> dict[str, object]:
         return {
@@ -442,10 +508,16 @@ def _column_files(files: Files, column: str) -> Files:
     return {n: e for n, e in files.items() if n in shared or n.startswith(f"{group}/")}
 
 
-def _committed_base(cache: Cache, part: PartId) -> BaseCommit:
-    commits = cache.part_commits(part)
-    assert commits is not None, f"{part} has no committed base"
-    return commits.base
+def file_ends(folder: Path) -> dict[str, int]:
+    """crc32c of the last `END_BYTES` of every chunk file below a folder, by path in it."""
+    ends: dict[str, int] = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if is_chunk_file(name) and path.is_file():
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - END_BYTES))
+                ends[name] = google_crc32c.value(file.read())
+    return ends
 
 
 def _refuse_changed_source(cache: Cache, part: PartId, source: SourceInfo) -> None:

@@ -42,11 +42,12 @@ def cache_verify(
     Repair removes commits only; the next extraction computes what they named again.
     """
     from kdhiera.cache import verify as checking
+    from kdhiera.cache.repair import repair as mend
 
     opened = _open_cache(cache)
     found = checking.verify(opened)
     if repair:
-        found = checking.repair(opened, found)
+        found = mend(opened, found)
     emit(found, found.describe, as_json)
     if any(not problem.drops for problem in found.problems) or (found.problems and not repair):
         raise typer.Exit(ExitCode.FAILED)
@@ -58,8 +59,33 @@ def cache_drop(
     column: Annotated[str, typer.Argument(metavar="COLUMN", help="Such as image.9.int8.")],
 ) -> None:
     """Remove a column from a cache, so that it is not there for any reader."""
-    from kdhiera.cache.verify import drop_column
+    from kdhiera.cache.drop import drop_column
 
+    typer.echo(drop_column(_open_cache(cache), column).describe())
+
+
+@command(
+    "gc",
+    "kdhiera cache gc configs/demo.yaml",
+    "kdhiera cache gc caches/demo --yes",
+    to=cache_app,
+)
+def cache_gc(
+    cache: CacheAt,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; otherwise only look.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove files that no commit names: of dropped columns, lost attempts, dead processes.
+
+    An attempt that has not ended is left alone until twice extract.lease_seconds after it last
+    wrote a file. Safe beside a running extraction and training.
+    """
     opened = _open_cache(cache)
-    count = drop_column(opened, column)
-    typer.echo(f"dropped   {column} of {opened.url}: {count:,} commits")
+    from kdhiera.cache.garbage import collect
+    from kdhiera.progress import make_progress
+
+    with make_progress() as progress:
+        found = collect(opened, remove=yes, progress=progress)
+    emit(found, found.describe, as_json)
+    if found.problems:
+        raise typer.Exit(ExitCode.FAILED)
