@@ -21,6 +21,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _SYNC_THREADS = 8
 
+STAGED = "kdhiera-staged-"  # begins the names of temporary folders that are uploaded
+
 
 def fsync_folder(folder: Path) -> None:
     """Make the folder's entries survive a power cut."""
@@ -96,11 +98,14 @@ def disk_errors(path: Path) -> Iterator[None]:
         reason = os.strerror(error.errno)
         if error.errno in _REFUSED:
             raise KdhieraError(f"cannot write to {path}: {reason}") from error
+        what = "free some space"
+        if any(name.startswith(STAGED) for name in path.parts):
+            what += ", or set TMPDIR to a folder on another disk,"
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
         free = shutil.disk_usage(existing).free
         raise KdhieraError(
-            f"the disk of {path} takes no more ({reason}; {free:,} bytes free): free some space "
-            "and run the same command again; what was committed is kept"
+            f"the disk of {path} takes no more ({reason}; {free:,} bytes free): {what} and "
+            "run the same command again; what was committed is kept"
         ) from error
 
 
