@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from kdhiera.addresses import redact, refuse_secrets
 from kdhiera.errors import UsageError
 from kdhiera.grid import Grid
 from kdhiera.masking import MaskPlan, MaskSpec, PlannedMasks, Scope, Strategy
@@ -36,7 +37,7 @@ class DataConfig(Section):
     """Where the videos are.
 
     Attributes:
-        shards: WebDataset tar shards: paths, globs or brace patterns.
+        shards: WebDataset tar shards: paths or `s3://` addresses, with globs and braces.
         video_extensions: Members with these extensions are videos.
         max_bad_fraction: Extraction stops when more than this share of the rows (a sample in
             a view) is bad, 20 rows seen at least.
@@ -553,14 +554,27 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply(raw, override)
     try:
-        return RunConfig.model_validate(raw)
+        config = RunConfig.model_validate(raw)
     except ValidationError as error:
         raise UsageError(f"{file}: {_explain(error)}") from None
+    _refuse_secrets(config)
+    return config
 
 
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML that `load` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _refuse_secrets(config: RunConfig) -> None:
+    """A config is kept with its run and its addresses in the cache."""
+    addresses = {"data.shards": config.data.shards, "cache.dir": (config.cache.dir,)}
+    if config.evaluate is not None:
+        for split in ("train", "validation", "test"):
+            addresses[f"evaluate.{split}"] = getattr(config.evaluate, split)
+    for what, values in addresses.items():
+        for address in values:
+            refuse_secrets(address, what)
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -598,7 +612,7 @@ def _explain(error: ValidationError) -> str:
         else:
             message = item["msg"].removeprefix("Value error, ")
             got = item["input"]
-            shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
+            shown = "" if isinstance(got, dict | BaseModel) else f", got {redact(repr(got))}"
             lines.append(f"`{where}`: {message}{shown}" if item["loc"] else message)
     return "; ".join(lines)
 

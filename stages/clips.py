@@ -15,7 +15,7 @@ from kdhiera.config import RunConfig
 from kdhiera.data.clip import Clip, ClipRequest
 from kdhiera.data.ordered import decode_samples
 from kdhiera.data.sandbox import Sandbox
-from kdhiera.data.shards import Sample, expand, index_shard, read_shard
+from kdhiera.data.shards import Sample, ShardIndex, read_shard
 from kdhiera.views import ViewPolicy
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class ClipBatch:
 
 def clip_batches(
     config: RunConfig,
-    shards: Sequence[str],
+    shards: Sequence[ShardIndex],
     *,
     policy: ViewPolicy,
     sandbox: Sandbox,
@@ -48,20 +48,19 @@ def clip_batches(
 
     Args:
         config: The run.
-        shards: Paths or patterns.
+        shards: Their indices.
         policy: What views are drawn from.
         sandbox: Decoding children.
         batch_size: Clips in a batch; the last one may be smaller.
 
     Raises:
-        UsageError: If a pattern matches no shard.
-        ValueError: If a shard is no tar.
+        SourceError: If a shard cannot be read, or is not the one that was indexed.
     """
     wanted = (
         (sample, ClipRequest(uid=sample.uid, view=0, policy=policy))
-        for path in expand(shards)
+        for shard in shards
         for sample in read_shard(
-            index_shard(path),
+            shard,
             video_extensions=config.data.video_extensions,
             max_video_bytes=config.decode.max_video_bytes,
         )
@@ -80,7 +79,7 @@ def clip_batches(
         yield _batch(batch)
     if bad:
         kinds = ", ".join(f"{n} {s}" for s, n in sorted(bad.items()))
-        logger.warning("clips left out of %s: %s", ", ".join(shards), kinds)
+        logger.warning("clips left out of %s: %s", ", ".join(s.path for s in shards), kinds)
 
 
 def _batch(pairs: Sequence[tuple[Clip, Sample]]) -> ClipBatch:

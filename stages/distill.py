@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import Int
 from torch import nn
 
+from kdhiera.addresses import expand_braces
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import Codec, make_codec
 from kdhiera.cache.expected import expected_shards
@@ -35,8 +36,9 @@ from kdhiera.cache.reader import CacheReader
 from kdhiera.cache.rows import KeptRows
 from kdhiera.cache.snapshot import SNAPSHOT_FILE, Snapshot, load_snapshot, save_snapshot
 from kdhiera.config import RunConfig, dump
+from kdhiera.data.patterns import expand
 from kdhiera.data.sandbox import Sandbox
-from kdhiera.data.shards import expand, expand_braces, index_shard
+from kdhiera.data.shards import index_shards
 from kdhiera.devices import resolve_device, resolve_precision
 from kdhiera.errors import UsageError
 from kdhiera.objective.targets import ChannelMoments, TargetSpec
@@ -228,7 +230,7 @@ def _source(config: RunConfig, snapshot: Snapshot | None) -> Iterator[Opened]:
         decode_limits(config.decode),
         num_children=config.decode.num_children or config.extract.cpus_per_actor,
     ) as sandbox:
-        shards = [index_shard(path) for path in expand(config.data.shards)]
+        shards = index_shards(expand(config.data.shards))
         featurizer = featurizer_of(config, device=device)
         source = LiveSource(
             shards,

@@ -29,7 +29,7 @@ from kdhiera.config import RunConfig
 from kdhiera.data.clip import Clip, ClipRequest, DecodeFailure
 from kdhiera.data.ordered import decode_samples
 from kdhiera.data.sandbox import Sandbox
-from kdhiera.data.shards import Sample, ShardIndex, read_shard
+from kdhiera.data.shards import Sample, ShardIndex, ShardPass
 from kdhiera.devices import resolve_device
 from kdhiera.errors import KdhieraError, StoppedError
 from kdhiera.featurize import Featurized
@@ -165,7 +165,7 @@ class PartExtractor:
 
     def _make_bases(self, task: BasisTask) -> int:
         """Calibrate on all tokens of the first good clips; a basis that is there stays."""
-        drawn = (item for shard in task.shards for item in self._drawn(shard, 0))
+        drawn = (item for shard in task.shards for item in self._first_views(shard))
         good = itertools.islice((i for i in drawn if i.clip is not None), task.num_rows)
         tokens: dict[tuple[str, str], list[torch.Tensor]] = {k: [] for k in task.columns.values()}
         for batch in self._batches(good):
@@ -194,7 +194,6 @@ class PartExtractor:
         found = self._cache.part_commits(task.part) if replay else None
         base = found.base if found else None
         stored = read_base(self._cache, base) if base else None
-        items = self._replayed(task, stored) if stored else self._drawn(task.shard, task.view)
         attempt = Attempt(
             self._cache,
             task.part,
@@ -204,7 +203,14 @@ class PartExtractor:
             provenance=provenance(),
             lease_seconds=self._config.extract.lease_seconds,
         )
-        with attempt, ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+        with (
+            attempt,
+            self._read(task.shard) as shard,
+            ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
+        ):
+            samples = shard.samples()
+            drawn = self._replayed(task, stored, samples) if stored else None
+            items = drawn or self._drawn(samples, task.view)
             written: Future[None] | None = None
             done = 0
             for batch in self._batches(items):
@@ -223,20 +229,25 @@ class PartExtractor:
                     raise StoppedError(f"stopped while extracting {task.name}: run again to go on")
             if written is not None:
                 written.result()
-            return attempt.commit()
+            return attempt.commit(source_sha256=shard.sha256())
 
-    def _drawn(self, shard: ShardIndex, view: int) -> Iterator[_RowClip]:
-        """All samples of a shard, each with a newly drawn view."""
+    def _first_views(self, shard: ShardIndex) -> Iterator[_RowClip]:
+        with self._read(shard, hashed=False) as opened:
+            yield from self._drawn(opened.samples(), 0)
+
+    def _drawn(self, samples: Iterable[Sample], view: int) -> Iterator[_RowClip]:
+        """All samples, each with a newly drawn view."""
         policy = self._config.view_policy
         wanted = (
-            (sample, ClipRequest(uid=sample.uid, view=view, policy=policy))
-            for sample in self._samples(shard)
+            (sample, ClipRequest(uid=sample.uid, view=view, policy=policy)) for sample in samples
         )
         for sample, outcome in self._decode(wanted):
             clip = outcome if isinstance(outcome, Clip) else None
             yield _RowClip(row=_row(sample, outcome), clip=clip)
 
-    def _replayed(self, task: PartTask, stored: BaseRows) -> Iterator[_RowClip]:
+    def _replayed(
+        self, task: PartTask, stored: BaseRows, samples: Iterable[Sample]
+    ) -> Iterator[_RowClip]:
         """The good rows of the committed base, each with exactly its stored view."""
         good = {r.uid: r for r in stored.rows if r.status is RowStatus.OK}
         policy = self._config.view_policy
@@ -251,7 +262,7 @@ class PartExtractor:
                     replay_decoder=good[sample.uid].decoder,
                 ),
             )
-            for sample in self._samples(task.shard)
+            for sample in samples
             if sample.uid in good
         )
         for sample, outcome in self._decode(wanted):
@@ -259,11 +270,12 @@ class PartExtractor:
             same = isinstance(outcome, Clip) and outcome.crc32c == row.clip_crc32c
             yield _RowClip(row=row, clip=outcome if same and isinstance(outcome, Clip) else None)
 
-    def _samples(self, shard: ShardIndex) -> Iterator[Sample]:
-        return read_shard(
+    def _read(self, shard: ShardIndex, *, hashed: bool = True) -> ShardPass:
+        return ShardPass(
             shard,
             video_extensions=self._config.data.video_extensions,
             max_video_bytes=self._config.decode.max_video_bytes,
+            hashed=hashed,
         )
 
     def _decode(

@@ -18,8 +18,9 @@ from kdhiera.cache.stats import from_npz
 from kdhiera.cache.table import Row
 from kdhiera.config import RunConfig
 from kdhiera.data.clip import Clip, ClipRequest
+from kdhiera.data.patterns import expand
 from kdhiera.data.sandbox import Sandbox
-from kdhiera.data.shards import ShardIndex, expand, index_shard, read_sample
+from kdhiera.data.shards import ShardIndex, read_sample, try_index_shards
 from kdhiera.devices import resolve_device
 from kdhiera.errors import KdhieraError
 from kdhiera.featurize import Featurizer
@@ -84,7 +85,8 @@ def replay_rows(
     Raises:
         KdhieraError: If the shard of no committed part is among `data.shards`.
     """
-    shards = {s.shard_id: s for s in (index_shard(path) for path in expand(config.data.shards))}
+    indices = try_index_shards(expand(config.data.shards))
+    shards = {s.shard_id: s for s in indices if isinstance(s, ShardIndex)}
     parts = [
         (part, commits)
         for part, commits in cache.commits().items()

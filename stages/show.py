@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from kdhiera.config import RunConfig
 from kdhiera.data.clip import Clip, ClipRequest
 from kdhiera.data.ordered import decode_samples
+from kdhiera.data.patterns import expand
 from kdhiera.data.sandbox import Sandbox
-from kdhiera.data.shards import Sample, ShardIndex, expand, index_shard, read_sample
+from kdhiera.data.shards import Sample, ShardIndex, index_shards, read_sample
 from kdhiera.devices import resolve_device
 from kdhiera.errors import UsageError
 from kdhiera.featurize import Featurized
@@ -128,7 +129,7 @@ def _student(config: RunConfig, device: torch.device) -> Student | None:
 
 def _spread_clips(config: RunConfig, num_clips: int) -> list[tuple[str, Clip]]:
     """The first clip that decodes at each of `num_clips` places spread over the shards."""
-    shards = [index_shard(path) for path in expand(config.data.shards)]
+    shards = index_shards(expand(config.data.shards))
     places = [(shard, i) for shard in shards for i in range(len(shard.samples))]
     starts = [i * len(places) // num_clips for i in range(min(num_clips, len(places)))]
     found: list[tuple[str, Clip]] = []

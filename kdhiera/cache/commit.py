@@ -230,8 +230,10 @@ class Cache:
         """Shard that each committed view of `shard_id` was made from."""
         names = self.store.names(f"{COMMITS}/{shard_id}")
         views = sorted(int(name) for name in names if _VIEW.fullmatch(name))
-        found = (self.part_commits(PartId(shard_id=shard_id, view=view)) for view in views)
-        return [commits.base.source for commits in found if commits is not None]
+        keys = [commit_file(PartId(shard_id=shard_id, view=view), None) for view in views]
+        found = zip(keys, self.store.read_many(keys), strict=True)
+        bases = [self._parse_record(key, data) for key, data in found if data is not None]
+        return [base.source for base in bases if isinstance(base, BaseCommit)]
 
     def missing(self, part: PartId, columns: Sequence[str]) -> Missing:
         """What of a part is not committed yet.
@@ -266,13 +268,7 @@ class Cache:
         Raises:
             DamagedError: If it is damaged, of another part, or made under another identity.
         """
-        part = _part_of(key)
-        data = self.store.read(key)
-        try:
-            commit, made_under = parse_commit(data, f"{self.url}/{key}")
-        except DamagedError as error:
-            raise self.damaged(part, str(error)) from None
-        return self._checked(part, key, commit, made_under)
+        return self._parse_record(key, self.store.read(key))
 
     def read_record(self, commit: Commit) -> dict[str, Any]:
         """Body of a commit record, with its list of files.
@@ -414,11 +410,7 @@ class Cache:
         for key, data in zip(keys, self.store.read_many(keys), strict=True):
             if data is None:  # dropped since it was listed
                 continue
-            try:
-                commit, made_under = parse_commit(data, f"{self.url}/{key}")
-            except DamagedError as error:
-                raise self.damaged(part, str(error)) from None
-            known = self._checked(part, key, commit, made_under)
+            known = self._parse_record(key, data)
             if isinstance(known, BaseCommit):
                 base = known
             elif known is not None:
@@ -432,6 +424,14 @@ class Cache:
                 raise self.damaged(part, f"column {column.column} belongs to another base record")
             self.columns.check_basis(column.column, column.basis_sha256)
         return PartCommits(base=base, columns=columns)
+
+    def _parse_record(self, key: str, data: bytes) -> Commit | None:
+        part = _part_of(key)
+        try:
+            commit, made_under = parse_commit(data, f"{self.url}/{key}")
+        except DamagedError as error:
+            raise self.damaged(part, str(error)) from None
+        return self._checked(part, key, commit, made_under)
 
     def _checked(self, part: PartId, key: str, commit: Commit, made_under: str) -> Commit | None:
         if commit.part != part or key != commit_file(part, commit.column):

@@ -13,7 +13,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from kdhiera.cache.fingerprint import canonical_json
 from kdhiera.cache.layout import PartId
@@ -237,11 +236,3 @@ def _commit(body: Mapping[str, Any], sha256: str) -> tuple[Commit, str]:
 def _shared(versions: Versions) -> Versions:
     """One copy of equal versions: a large cache has tens of thousands of records."""
     return versions
-
-
-def redact(path: str) -> str:
-    """A path or URL without credentials, query and fragment."""
-    if "://" not in path:
-        return path
-    url = urlsplit(path)
-    return urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))

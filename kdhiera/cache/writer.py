@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
+from kdhiera.addresses import redact
 from kdhiera.cache.arrays import ArrayWriter, create_group, read_array
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import Codec
@@ -46,7 +47,7 @@ from kdhiera.cache.layout import (
     new_attempt,
     parse_column,
 )
-from kdhiera.cache.records import BaseCommit, SourceInfo, redact, seal
+from kdhiera.cache.records import BaseCommit, SourceInfo, seal
 from kdhiera.cache.stats import ChannelStatistics, merge, to_npz
 from kdhiera.cache.table import Row, count_statuses, rows_digest, samples_digest, to_parquet
 from kdhiera.errors import KdhieraError, MismatchError
@@ -104,15 +105,13 @@ class Attempt:
     Args:
         cache: Where to write; it must know the columns (`Columns.ensure`) and their bases.
         part: Which part.
-        source: The shard as it is read now.
+        source: The shard; its hash may be known only when all of it has been read.
         columns: Width of every column to write, by column id.
         base: The committed base to add columns to, features being appended in its array
             order; None writes rows and base itself.
         provenance: Versions and the like, recorded with every commit.
         lease_seconds: After this long the attempt may not publish any more.
 
-    Raises:
-        MismatchError: If the shard's bytes are not those that another view was made of.
     """
 
     def __init__(
@@ -132,7 +131,6 @@ class Attempt:
         self._rows: list[Row] = []
         self._units: list[Int[np.ndarray, " k"]] = []  # of every good row
         self._kept_crc32c: list[int] = []
-        _refuse_changed_source(cache, part, source)
         self._bound_to = base
         if base:
             assert base.part == part, (base.part, part)
@@ -249,16 +247,23 @@ class Attempt:
         target = self._columns[column]
         target.statistics = merge((target.statistics, statistics), target.width)
 
-    def commit(self) -> CommitResult:
+    def commit(self, *, source_sha256: str | None = None) -> CommitResult:
         """Write what is left, verify everything, and publish it.
+
+        Args:
+            source_sha256: Of the shard as it was read; None if `source` said it.
 
         Returns:
             What was published; the rest of the part is another attempt's.
 
         Raises:
+            MismatchError: If the shard's bytes are not those that another view, or the
+                base, was made of. Nothing was published then.
             KdhieraError: If what was written does not read back, the disk is full, or the
                 lease has run out. Nothing was published then.
         """
+        self._source = replace(self._source, sha256=source_sha256 or self._source.sha256)
+        _refuse_changed_source(self.cache, self.part, self._source)
         with disk_errors(self.folder):
             written = self._finish()
         self._verify()
@@ -520,12 +525,25 @@ def file_ends(folder: Path) -> dict[str, int]:
     return ends
 
 
+def _committed_base(cache: Cache, part: PartId) -> BaseCommit:
+    """The base that is there, read by its name: a listing may be late."""
+    try:
+        base = cache.read_commit(commit_file(part, None))
+    except FileNotFoundError:
+        raise KdhieraError(
+            f"part {part} was removed from the cache while it was being extracted; run the same "
+            "command again"
+        ) from None
+    assert isinstance(base, BaseCommit), base
+    return base
+
+
 def _refuse_changed_source(cache: Cache, part: PartId, source: SourceInfo) -> None:
     """Views of one shard must come from the same bytes."""
     for known in cache.sources(part.shard_id):
         if source.sha256 and known.sha256 and source.sha256 != known.sha256:
             raise MismatchError(
-                f"source_changed: {redact(source.path)} has the index of shard {part.shard_id} "
+                f"source_changed: {source.path} has the index of shard {part.shard_id} "
                 f"but other bytes (sha256 {source.sha256[:12]}, and the cache was made of "
                 f"{known.sha256[:12]} from {known.path}): restore the shard, or set cache.dir to "
                 "another folder"

@@ -1,14 +1,16 @@
 """Fill a disk while extracting, free some room and go on; run by test_full_disk.py.
 
-Usage: full_disk.py FOLDER mount|limit
+Usage: full_disk.py FOLDER mount|limit [s3://CACHE]
 
 `mount` puts a small file system on FOLDER (in this process's own mount namespace);
 `limit`, where that is not allowed, lets no file grow beyond a size instead.
+With a cache in a bucket, FOLDER is where its parts are staged.
 """
 
 import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from tiny_cache import COLUMNS, assert_holds, content, make_cache, write_part
@@ -32,12 +34,14 @@ def allow(folder: Path, how: str, *, large: bool) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 
-def main(folder: Path, how: str) -> None:
+def main(folder: Path, how: str, url: str | None = None) -> None:
     """Commit a part, fail at the next, which is larger, and do it after all."""
     allow(folder, how, large=False)
     first, second = (PartId(shard_id=shard, view=0) for shard in ("a-0", "b-0"))
     small, large = content(first, 5), content(second, 150)
-    cache = make_cache(folder / "cache")
+    if url:
+        tempfile.tempdir = str(folder)
+    cache = make_cache(url or folder / "cache")
     write_part(cache, first, small)
     try:
         write_part(cache, second, large)
@@ -47,7 +51,8 @@ def main(folder: Path, how: str) -> None:
         raise SystemExit("the disk was not full")
     assert list(cache.commits()) == [first]
     assert_holds(CacheReader(cache, num_views=1, columns=COLUMNS), {first: small})
-    assert not any((folder / "cache" / "parts" / "b-0" / "0").iterdir()), "leftovers"
+    assert cache.store.names("parts/b-0/0") == [], "leftovers"
+    assert not url or list(folder.iterdir()) == [], "leftovers"
     allow(folder, how, large=True)
     write_part(cache, second, large)
     reader = CacheReader(cache, num_views=1, columns=COLUMNS)
@@ -56,4 +61,4 @@ def main(folder: Path, how: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

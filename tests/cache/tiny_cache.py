@@ -59,7 +59,7 @@ def config(**changes: Any) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def make_cache(root: Path, columns: Sequence[str] = COLUMNS) -> Cache:
+def make_cache(root: Path | str, columns: Sequence[str] = COLUMNS) -> Cache:
     """Open or create the tiny cache and make sure it knows some columns."""
     run = config()
     identity = base_identity(run, score_teacher={"weights_sha256": "11"})
