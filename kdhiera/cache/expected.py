@@ -65,6 +65,11 @@ def expected_shards(cache: Cache, patterns: Sequence[str]) -> frozenset[str]:
     return frozenset((chosen or {p: i for p, (_, i) in newest.items()}).values())
 
 
+def shard_ids(cache: Cache) -> frozenset[str]:
+    """Shards that were asked for, by the names of their records alone."""
+    return frozenset(cache.store.names(SHARDS))
+
+
 def shard_records(cache: Cache) -> dict[str, tuple[str, float]]:
     """Where every shard that was asked for lay, and when that was noted, by shard id.
 
