@@ -10,6 +10,7 @@ from kdhiera.progress import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from kdhiera.cache.info import ColumnInfo, Info, MadeBy
+    from kdhiera.cache.totals import Gaps
 
 _NAMED = 3  # of what is missing, and of hosts
 _LEFT = 3  # columns of the table that are words
@@ -151,16 +152,26 @@ def _sizes(info: Info) -> Iterator[str]:
     yield f"          {human_bytes(info.unnamed_bytes)} that no commit names{free}"
 
 
-def _completeness(info: Info) -> str:
-    if not info.gaps:
-        return "yes: every shard has every view and column" if info.num_parts else "empty"
+def gap_words(gaps: Gaps) -> str:
+    """What is missing, with the first few by name."""
     said = []
-    if unreached := info.gaps.unreached:
-        said.append(f"{len(unreached):,} shards have no rows yet ({some(unreached)})")
-    if missing := info.gaps.missing:
+    if unreached := gaps.unreached:
+        said.append(f"{counted(len(unreached), 'shard')} without rows ({some(unreached)})")
+    if missing := gaps.missing:
         first = [f"{part} lacks {', '.join(lacks)}" for part, lacks in missing.items()]
-        said.append(f"{len(missing):,} parts lack something ({some(first, '; ')})")
-    return f"no: {'; '.join(said)}"
+        said.append(f"{counted(len(missing), 'part')} not whole ({some(first, '; ')})")
+    return "; ".join(said)
+
+
+def counted(n: int, noun: str) -> str:
+    """A count with its noun, such as `1 part` or `2,000 parts`."""
+    return f"{n:,} {noun}{'' if n == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def _completeness(info: Info) -> str:
+    if info.gaps:
+        return f"no: {gap_words(info.gaps)}"
+    return "yes: every shard has every view and column" if info.num_parts else "empty"
 
 
 def _made(made: MadeBy) -> Iterator[str]:
@@ -170,7 +181,7 @@ def _made(made: MadeBy) -> Iterator[str]:
     )
     yield (
         f"made      {first} to {last} ({human_seconds(made.last - made.first)}) by "
-        f"{len(made.processes):,} processes on {some(hosts)}"
+        f"{counted(len(made.processes), 'process')} on {some(hosts)}"
     )
     versions = ", ".join(f"{package} {' or '.join(v)}" for package, v in made.versions.items())
     if versions:

@@ -69,7 +69,8 @@ class Totals:
             assert commit is not None
             if isinstance(commit, ColumnCommit):
                 self.columns[commit.column][found.part] = commit
-            self.times.append(float(record.provenance.get("time", 0.0)))
+            if "time" in record.provenance:
+                self.times.append(float(record.provenance["time"]))
             process = str(record.provenance.get("process", "unknown"))
             self.attempts[attempt_folder(commit.part, commit.attempt)] = process
             for package, version in commit.versions:
@@ -86,6 +87,25 @@ class _Part:
     stored: Mapping[str, int]
     unnamed: int
     damaged: tuple[str, ...]
+
+
+class _Kinds:
+    """What files of attempts belong to; the same few names come again in every part."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = frozenset(columns)
+        self._groups = {column_group(column): column for column in columns}
+        self._known: dict[str, str] = {"rows.parquet": "rows"}
+
+    def of(self, name: str) -> str:
+        """A base array, `rows`, a column, or `other`."""
+        kind = self._known.get(name)
+        if kind is None:
+            steps = name.split("/")
+            in_base = steps[0] == "base.zarr" and len(steps) == 3
+            kind = steps[1] if in_base else self._groups.get("/".join(steps[:3]), "other")
+            self._known[name] = kind
+        return kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +134,13 @@ def sum_up(cache: Cache, *, unnamed: bool, progress: Progress | None = None) -> 
         progress: Where progress is shown if there is much to read.
     """
     totals = Totals()
-    known = set(cache.columns.names())
+    kinds = _Kinds(cache.columns.names())
     records = cache.records()
     shown = progress if len(records) > _MANY else None
     bar = shown.start("info", len(records), "parts") if shown else 0
 
     def look(item: tuple[PartId, list[str]]) -> _Part:
-        return _look(cache, *item, known=known, unnamed=unnamed)
+        return _look(cache, *item, kinds=kinds, unnamed=unnamed)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         for part in pool.map(look, records.items()):
@@ -155,14 +175,12 @@ def find_gaps(cache: Cache, totals: Totals, columns: Sequence[str]) -> Gaps:
 
 
 def _look(
-    cache: Cache, part: PartId, keys: Sequence[str], *, known: set[str], unnamed: bool
+    cache: Cache, part: PartId, keys: Sequence[str], *, kinds: _Kinds, unnamed: bool
 ) -> _Part:
     found = read_part(cache, part, keys)
-    columns = {name: record for name, record in found.columns.items() if name in known}
-    sound = list(columns.values())
+    sound = [record for name, record in found.columns.items() if name in kinds.columns]
     if found.base_record is not None and found.base is not None:
         sound.insert(0, found.base_record)
-    groups = {column_group(column): column for column in columns}
     named: dict[str, int] = {}
     stored: Counter[str] = Counter()
     for record in sound:
@@ -172,7 +190,7 @@ def _look(
             key = f"{folder}/{name}"
             if key not in named:
                 named[key] = size
-                stored[_kind(name, groups)] += size
+                stored[kinds.of(name)] += size
     attempts = {cache.folder(record.commit) for record in sound if record.commit is not None}
     leases = {f"{folder}/attempt.json" for folder in attempts}
     walked = cache.store.walk(part_folder(part)) if unnamed else ()
@@ -184,16 +202,6 @@ def _look(
         unnamed=sum(e.num_bytes for e in walked if e.key not in named and e.key not in leases),
         damaged=tuple(record.problem for record in found.records if record.problem),
     )
-
-
-def _kind(name: str, groups: Mapping[str, str]) -> str:
-    """What a file of an attempt belongs to: a base array, the rows, a column, or `other`."""
-    if name == "rows.parquet":
-        return "rows"
-    steps = name.split("/")
-    if steps[0] == "base.zarr" and len(steps) == 3:
-        return steps[1]
-    return groups.get("/".join(steps[:3]), "other")
 
 
 def _without(cache: Cache, records: Iterable[PartId]) -> Iterator[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdhiera.cli.common import AsJson, Overrides, command, emit, load
+from kdhiera.cli.common import AsJson, Config, Overrides, command, emit, load
 from kdhiera.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -128,3 +128,40 @@ def cache_info(cache: CacheAt, overrides: Overrides = None, as_json: AsJson = Fa
     emit(info, info.describe, as_json)
     if info.damaged:
         raise typer.Exit(ExitCode.FAILED)
+
+
+@command("ls", "kdhiera cache ls caches", "kdhiera cache ls s3://bucket/caches", to=cache_app)
+def cache_ls(
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="A folder, or s3://bucket/prefix.")
+    ] = ".",
+    as_json: AsJson = False,
+) -> None:
+    """List the caches in a folder and below it: size, shards, columns, whether complete."""
+    from kdhiera.cache.listing import list_caches
+    from kdhiera.progress import make_progress
+
+    with make_progress() as progress:
+        listing = list_caches(folder, progress=progress)
+    emit(listing, listing.describe, as_json)
+
+
+@command(
+    "diff",
+    "kdhiera cache diff configs/demo.yaml",
+    "kdhiera cache diff configs/demo.yaml objective.ratio=0.9 views.num=3",
+    to=cache_app,
+)
+def cache_diff(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a run asks for and its cache does not have, and what would happen.
+
+    Opens neither teachers nor shards. Exit code 0 if all is there, 5 if extraction has
+    something to add, 3 if extraction or training would be refused.
+    """
+    run = load(config, overrides)
+    from kdhiera.stages.cache_diff import diff_cache
+
+    found = diff_cache(run)
+    emit(found, found.describe, as_json)
+    if found.exit_code:
+        raise typer.Exit(found.exit_code)
