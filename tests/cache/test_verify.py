@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +16,7 @@ import pytest
 import tiny_cache
 import torch
 import zarr
+from forging import attempt_of, forge
 from tiny_cache import SOURCE, add_column, assert_holds, begin, content, fill, write_part
 
 from kdhiera.cache.commit import Cache
@@ -99,34 +99,6 @@ def assert_complete(cache: Cache) -> None:
 def only(found: Verified) -> Any:
     assert len(found.problems) == 1, [p.what for p in found.problems]
     return found.problems[0]
-
-
-def attempt_of(root: Path, part: PartId) -> Path:
-    body = unseal((root / commit_file(part, None)).read_bytes(), "")
-    return root / "parts" / part.shard_id / str(part.view) / str(body["attempt"])
-
-
-def forge(root: Path, part: PartId, column: str | None, **fields: Any) -> None:
-    """Change a sealed record, and take the contents of all its files for what was written."""
-    path = root / commit_file(part, column)
-    body = unseal(path.read_bytes(), "")
-    body |= fields
-    for name in body["files"]:
-        data = (attempt_of(root, part) / name).read_bytes()
-        body["files"][name] = [len(data), google_crc32c.value(data)]
-    path.write_bytes(seal(body))
-    if column is not None:
-        return
-    base = path.read_bytes()
-    import hashlib
-
-    for name in COLUMNS:
-        other = root / commit_file(part, name)
-        record = {
-            **unseal(other.read_bytes(), ""),
-            "base_sha256": hashlib.sha256(base).hexdigest(),
-        }
-        other.write_bytes(seal(record))
 
 
 # files
