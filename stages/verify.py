@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.fingerprint import differences
@@ -15,8 +15,10 @@ from kdhiera.cache.verify import verify_at
 from kdhiera.config import RunConfig
 from kdhiera.errors import UsageError
 from kdhiera.progress import Progress
-from kdhiera.stages.replay import Replayed, replay_rows
-from kdhiera.stages.sources import Sources, check_sources
+
+if TYPE_CHECKING:  # teachers and decoders: loaded where they are asked for
+    from kdhiera.stages.replay import Replayed
+    from kdhiera.stages.sources import Sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,8 @@ def check_cache(
     skipped: Mapping[str, str] = {}
     notes = []
     if sources and usable:
+        from kdhiera.stages.sources import check_sources
+
         patterns = config.data.shards if config else ()
         found = check_sources(Cache.open(url), patterns=patterns, progress=progress)
     elif sources:
@@ -140,6 +144,7 @@ def _recompute(
 ) -> tuple[Replayed, dict[str, str]]:
     """Make rows of all columns again that the config's teachers can make."""
     from kdhiera.stages.extract_plan import identify
+    from kdhiera.stages.replay import replay_rows
 
     identities = identify(config)
     cache.check(identities.base, declared_only=True)

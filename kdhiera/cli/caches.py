@@ -97,10 +97,10 @@ def cache_drop(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove a column from a cache, at once and for every reader.
+    """Remove a column from a cache.
 
-    Its bytes stay until `kdhiera cache gc` frees them. A training that reads the column ends
-    with an error that says so.
+    No reader finds it any more; a training that is reading it ends with an error that says so.
+    Its bytes stay until `kdhiera cache gc` frees them.
     """
     from kdhiera.cache.drop import drop_column
 
@@ -115,9 +115,10 @@ def cache_drop(
     to=cache_app,
 )
 def cache_info(cache: CacheAt, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say what a cache is and holds: rows, columns, bytes, masks, gaps, who made it.
+    """Say what a cache is and holds.
 
-    Reads records alone, so it is quick however large the cache is.
+    Clips, masks, rows by status, columns and their bytes, what is missing, who made it.
+    Reads records and the sizes of files, no features. Exit code 1 if a record is damaged.
     """
     opened = _open_cache(cache, overrides)
     from kdhiera.cache.info import describe_cache
@@ -137,7 +138,10 @@ def cache_ls(
     ] = ".",
     as_json: AsJson = False,
 ) -> None:
-    """List the caches in a folder and below it: size, shards, columns, whether complete."""
+    """List the caches in a folder and below it.
+
+    Size, shards, views, columns, whether complete, last commit; damaged ones as damaged.
+    """
     from kdhiera.cache.listing import list_caches
     from kdhiera.progress import make_progress
 
@@ -153,10 +157,11 @@ def cache_ls(
     to=cache_app,
 )
 def cache_diff(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say what a run asks for and its cache does not have, and what would happen.
+    """Hold a run against its cache.
 
-    Opens neither teachers nor shards. Exit code 0 if all is there, 5 if extraction has
-    something to add, 3 if extraction or training would be refused.
+    Says what differs or is missing, and what extraction and training would do. Opens neither
+    teachers nor shards; weights are compared by extraction. Exit code 0 if all is there, 5 if
+    extraction has something to add, 3 if extraction or training would be refused.
     """
     run = load(config, overrides)
     from kdhiera.stages.cache_diff import diff_cache

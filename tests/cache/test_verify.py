@@ -186,9 +186,19 @@ def test_all_damage_is_listed_at_once_and_mended_at_once(root: Path) -> None:
     (root / "columns" / INT8 / "column.json").write_bytes(b"x")
     (root / "shards" / "b-0").unlink()
     found = check(root)
-    assert len(found.problems) == len(named_files(root)) + 4
+    assert len(found.problems) == 9 + 4
+    assert (
+        f"{len(named_files(root)) - 8} more of its files are missing or wrong" in found.describe()
+    )
+    assert_heals(root, found)
+
+
+def test_a_cache_that_lost_everything_is_still_told_on_a_screen(root: Path) -> None:
+    shutil.rmtree(root / "parts")
+    found = check(root)
+    assert len(found.problems) == 4 * 9
     text = found.describe()
-    assert "more (--json lists them)" in text
+    assert "16 more (--json lists them)" in text
     assert len(text.splitlines()) < 30
     assert_heals(root, found)
 
@@ -771,7 +781,7 @@ def test_a_cache_in_a_bucket_is_verified_and_mended(s3_url: str, pristine: Path)
     store.delete([scale])
     store.write("shards/b-0", b"")
     found = verify(cache)
-    assert [p.where for p in found.problems] == [pixels, scale, "shards/b-0"]
+    assert [p.where for p in found.problems] == ["shards/b-0", pixels, scale]
     repair(cache, found)
     assert_complete(extract(f"{s3_url}/cache"))
     store.write("cache.json", b"{}")
