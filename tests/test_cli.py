@@ -17,6 +17,12 @@ COMMANDS = [
     ["show"],
     ["config"],
     ["config", "show"],
+    ["cache"],
+    ["cache", "verify"],
+    ["cache", "info"],
+    ["cache", "diff"],
+    ["cache", "ls"],
+    ["cache", "drop"],
 ]
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 

@@ -68,6 +68,23 @@ def open_ranged(path: str, *, version: FileVersion | None = None) -> Ranged:
     return LocalFile(path, version)
 
 
+def is_there(path: str) -> bool:
+    """Whether something lies at a path or `s3://` address.
+
+    Raises:
+        SourceError: If its bucket cannot be asked.
+    """
+    if scheme_of(path) != "s3:":
+        return os.path.exists(path)
+    from kdhiera.objects import ObjectStore  # obstore is only loaded where it is used
+
+    bucket, _, key = path.removeprefix("s3://").partition("/")
+    try:
+        return ObjectStore(f"s3://{bucket}").exists(key)
+    except KdhieraError as error:
+        raise SourceError(str(error)) from None
+
+
 class LocalFile:
     """A file of a local or shared file system."""
 

@@ -125,6 +125,11 @@ def index_shards(paths: Sequence[str]) -> list[ShardIndex]:
     return indices
 
 
+def shard_stem(path: str) -> str:
+    """What the id of a shard at a path begins with, whatever the shard holds."""
+    return (re.sub(r"[^A-Za-z0-9._-]", "_", Path(path).stem).strip(".") or "shard")[:100]
+
+
 def index_shard(path: str) -> ShardIndex:
     """Read the headers of a shard and hold them against the file.
 
@@ -150,14 +155,24 @@ def index_shard(path: str) -> ShardIndex:
         problems.append(f"duplicate_keys: {repeated} samples have the key of an earlier one")
     if not samples:
         problems.append("no_samples: the archive holds no sample")
-    stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(path).stem).strip(".") or "shard"
     return ShardIndex(
         path=path if scheme_of(path) == "s3:" else os.path.abspath(path),
-        shard_id=f"{stem[:100]}-{digest[:12]}",
+        shard_id=f"{shard_stem(path)}-{digest[:12]}",
         version=version,
         samples=tuple(samples),
         problems=tuple(problems),
     )
+
+
+def shard_sha256(index: ShardIndex) -> str:
+    """Hash of all bytes of a shard, as hex digits.
+
+    Raises:
+        SourceError: If the file cannot be read, or is not the one that was indexed.
+    """
+    file = open_ranged(index.path, version=index.version)
+    with closing(Forward(file, hashed=True)) as read:
+        return read.sha256()
 
 
 class ShardPass:
