@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -188,7 +188,7 @@ class Attempt:
         assert len(units) == len(scores) == len(pixels) == good, (len(units), good)
         numbers = units.astype(np.int16)
         kept = np.where((numbers < 0)[:, :, None, None, None, None], np.uint8(0), pixels)
-        with disk_errors(self.folder):
+        with self._writing():
             self._base["units"].append(numbers)
             self._base["scores"].append(scores)
             self._base["pixels"].append(kept)
@@ -224,7 +224,7 @@ class Attempt:
         encoded = codec.encode(kept.masked_fill(lost[:, None, None, None], 0.0), units)
         beyond = ~encoded.representable.cpu().numpy()
         status[(status == ColumnStatus.OK) & beyond] = ColumnStatus.OVERFLOW
-        with disk_errors(self.folder):
+        with self._writing():
             for name, values in encoded.arrays.items():
                 target.arrays[name].append(values.cpu().numpy())
             target.arrays["status"].append(status)
@@ -264,9 +264,9 @@ class Attempt:
         """
         self._source = replace(self._source, sha256=source_sha256 or self._source.sha256)
         _refuse_changed_source(self.cache, self.part, self._source)
-        with disk_errors(self.folder):
+        with self._writing():
             written = self._finish()
-        self._verify()
+            self._verify()
         self._ends = file_ends(self.folder)
         files = self.cache.store.keep(self._key, self.folder)
         self._check_kept(files, written)
@@ -286,20 +286,21 @@ class Attempt:
         if same:
             self._check_lease()
             published = [c for c in self._columns if self._publish_column(c, files, base)]
-        if not won and not published:
-            store.delete_folder(self._key)
-        elif not won and self._base:  # equal rows are kept once: the winner's
-            store.delete_folder(f"{self._key}/base.zarr")
-            store.delete([f"{self._key}/rows.parquet"])
-        sizes = _base_files(files) if won else {}
+        named = _base_files(files) if won else {}
         for column in published:
-            sizes = sizes | _column_files(files, column)
+            named |= _column_files(files, column)
+        if not named:
+            store.delete_folder(self._key)
+        else:  # what another attempt published first is kept once
+            lost = [n for n in files if n not in named and n != ATTEMPT_FILE]
+            store.delete(f"{self._key}/{name}" for name in lost)
+            store.prune(self._key)
         return CommitResult(
             won_base=won,
             adopted=bool(self._base) and same and not won,
             published=tuple(published),
             replay_needed=not same and bool(self._columns),
-            num_bytes=sum(size for size, _ in sizes.values()),
+            num_bytes=sum(size for size, _ in named.values()),
         )
 
     def abandon(self) -> None:
@@ -307,6 +308,23 @@ class Attempt:
         assert not self._ended, "a commit may name this attempt"
         self._ended = True
         self.cache.store.discard(self._key, self.folder)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say in one sentence why nothing more can be written."""
+        try:
+            with disk_errors(self.folder):
+                yield
+        except (OSError, ValueError):
+            if (self.folder / ATTEMPT_FILE).exists():
+                raise
+            raise self._collected() from None
+
+    def _collected(self) -> KdhieraError:
+        return KdhieraError(
+            f"part {self.part} was not committed: its files in {self._key} were removed as "
+            "garbage, which happens to an attempt long after its lease; run the same command again"
+        )
 
     def _lease(self, *, ended: bool) -> bytes:
         record = {"kind": "attempt", "began": self._began, "lease_seconds": self._lease_seconds}
@@ -450,11 +468,7 @@ class Attempt:
         ours = self.cache.store.create(key, record)
         if ours and not self.cache.store.exists(attempt_file(self.part, self.attempt)):
             self._withdraw(key, record)
-            raise KdhieraError(
-                f"part {self.part} was not committed: its files in {self._key} were removed as "
-                "garbage, which happens to an attempt long after its lease; run the same command "
-                "again"
-            )
+            raise self._collected()
         return ours
 
     def _withdraw(self, key: str, record: bytes) -> None:

@@ -8,7 +8,6 @@ more than garbage, and in a sample of the rest, which extraction never looks at.
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,22 +45,17 @@ SAMPLE = 20  # every such state that differs in garbage only goes on, too
 LATER = 3 * 24 * 3600.0
 
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+
 @pytest.fixture(autouse=True)
 def one_row_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "ZARR_SHARD_ROWS", 1)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: nothing here depends on a disk."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as made:
-        yield Path(made)
-
-
-@pytest.fixture
-def root(folder: Path) -> Path:
-    return folder / "cache"
+def root(memory: Path) -> Path:
+    return memory / "cache"
 
 
 def states(root: Path, work: Callable[[], object]) -> Iterator[tuple[Path, bool]]:
