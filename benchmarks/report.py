@@ -27,9 +27,9 @@ def publish(
     for what, samples in seconds.items():
         low, high = min(samples), max(samples)
         middle = statistics.median(samples)
-        print(f"  {what:<44} {middle:9.4f} s   [{low:.4f}, {high:.4f}], {len(samples)} runs")
+        print(f"  {what:<56} {middle:9.4f} s   [{low:.4f}, {high:.4f}], {len(samples)} runs")
     for what, value in figures.items():
-        print(f"  {what:<44} {value:9.3f}")
+        print(f"  {what:<56} {value:12.5g}")
     RESULTS.mkdir(exist_ok=True)
     content = {
         "command": f"python -m benchmarks {name}",

@@ -42,10 +42,11 @@ FILES = [
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A part of three Zarr shards an array."""
+    """A part of three files an array: Zarr shards of pixels and codes, blocks of the rest."""
     root = tmp_path_factory.mktemp("pristine") / "cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "ZARR_SHARD_ROWS", 4)
+        patch.setattr(layout, "SMALL_ROW_BYTES", 64)
         write_part(make_cache(root), PART, WHAT)
     return root
 

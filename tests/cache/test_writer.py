@@ -42,8 +42,9 @@ def cache(tmp_path: Path) -> Cache:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zarr shards of 4 rows, so that a few rows make several."""
+    """Files of 4 rows, so that a few rows make several; rows of codes are chunks as well."""
     monkeypatch.setattr(layout, "ZARR_SHARD_ROWS", 4)
+    monkeypatch.setattr(layout, "SMALL_ROW_BYTES", 64)
 
 
 def attempts(cache: Cache, part: PartId = PART) -> list[Path]:
@@ -104,6 +105,8 @@ def test_a_part_is_two_plain_zarr_groups_that_describe_themselves(cache: Cache):
     assert codes.shards == (4, 4, 4, 8)
     assert codes.chunks == (1, 4, 4, 8)
     assert [type(c).__name__ for c in codes.compressors] == ["BloscCodec", "Crc32cCodec"]
+    assert (group["scale"].shards, group["scale"].chunks) == (None, (4, 4, 4))
+    assert [type(c).__name__ for c in group["scale"].compressors] == ["BloscCodec", "Crc32cCodec"]
     blosc = codes.compressors[0]
     assert (blosc.cname.value, blosc.shuffle.value) == ("zstd", "shuffle")
 
