@@ -25,7 +25,8 @@ from tiny_cache import (
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.layout import PartId, commit_file
 from kdhiera.cache.reader import CacheReader
-from kdhiera.cache.verify import repair, verify
+from kdhiera.cache.repair import repair
+from kdhiera.cache.verify import verify
 from kdhiera.errors import DamagedError, KdhieraError
 
 PART = PartId(shard_id="a-0", view=0)
