@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 from forging import forge
-from tiny_cache import COLUMNS, begin, content, fill, make_cache, write_part
+from tiny_cache import COLUMNS, add_column, begin, content, fill, make_cache, write_part
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.drop import drop_column
@@ -19,7 +19,7 @@ from kdhiera.cache.info import Info, describe_cache, natural_order
 from kdhiera.cache.layout import PartId, commit_file
 from kdhiera.cache.listing import list_caches
 from kdhiera.cache.records import seal, unseal
-from kdhiera.errors import UsageError
+from kdhiera.errors import KdhieraError, UsageError
 
 PARTS = tuple(PartId(shard_id=shard, view=view) for shard in ("a-0", "b-0") for view in (0, 1))
 A0, A1, B0, B1 = PARTS
@@ -306,6 +306,21 @@ def test_a_column_committed_while_it_is_dropped_does_not_stay(root: Path) -> Non
     fill(attempt, content(A0, bad=BAD["a-0"]), COLUMNS[:1], rows=False)
     cache.columns.fingerprint(COLUMNS[0])
     drop_column(Cache.open(root), COLUMNS[0])
-    with pytest.raises(Exception, match="removed from the cache while"):
+    with pytest.raises(KdhieraError, match="removed from the cache while"):
         attempt.commit()
     assert not (root / commit_file(A0, COLUMNS[0])).exists()
+
+
+def test_a_writer_never_fills_a_column_that_was_made_anew(root: Path) -> None:
+    """It began when the column was of the weights that it computes with."""
+    (root / commit_file(A0, COLUMNS[0])).unlink()
+    old = make_cache(root)  # has compared the column with what it writes
+    base = old.commits()[A0].base
+    drop_column(Cache.open(root), COLUMNS[0])
+    with pytest.raises(KdhieraError, match=r"column image\.1\.int8 was removed"):
+        begin(Cache.open(root), A0, COLUMNS[:1], base=base)
+    add_column(Cache.open(root), COLUMNS[0], weights="33")
+    for _ in range(2):  # a second try is no better
+        with pytest.raises(KdhieraError, match="removed from the cache while"):
+            write_part(old, A0, content(A0, bad=BAD["a-0"]), COLUMNS[:1], base=base)
+        assert not (root / commit_file(A0, COLUMNS[0])).exists()

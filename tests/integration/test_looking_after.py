@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from forging import attempt_of, forge
 from real_runs import MakeConfig, kdhiera
 
 from kdhiera.cache.commit import Cache
+from kdhiera.cache.drop import drop_column
 from kdhiera.cache.layout import PartId, commit_file
 from kdhiera.cli import main
 from kdhiera.config import RunConfig, load
@@ -223,6 +225,32 @@ def test_nothing_is_made_again_where_it_cannot_be(
     assert report.replayed is not None
     assert report.sound
     assert "kdhiera extract-teachers" in report.describe()
+
+
+def test_a_worker_fills_only_columns_of_its_own_teachers(run: RunConfig) -> None:
+    """Between the driver's look and its own a column may have been dropped and made anew."""
+    cache = Cache.open(run.cache.dir)
+    identity = cache.columns.identity("video.3.fp32")
+    assert identity is not None
+    drop_column(cache, "video.3.fp32")
+    other = {**identity, "weights_sha256": "00" * 32}
+    Cache.open(run.cache.dir).columns.ensure("video.3.fp32", other, provenance={})
+    with pytest.raises(MismatchError, match="weights_sha256"):
+        extract_worker.PartExtractor(run, stop=threading.Event(), on_counts=lambda rows, bad: None)
+
+
+def test_a_lost_identity_is_written_anew_and_nothing_is_planned_twice(
+    run: RunConfig, progress: Progress
+) -> None:
+    root = Path(run.cache.dir)
+    for key in ("cache.json", "columns/video.3.fp32/column.json"):
+        (root / key).write_bytes(b"x")
+        assert check(run, progress, repair=True).verified.removed == (key,)
+        assert not (root / key).exists()
+        plans: list[extract_plan.ExtractPlan] = []
+        extract(run, progress=progress, on_plan=plans.append)
+        assert [plan.parts for plan in plans] == [()]
+        assert check(run, progress).sound
 
 
 # sources
