@@ -199,7 +199,8 @@ def commit_of(body: Mapping[str, Any], *, sha256: str, path: str) -> tuple[Commi
 
 def _commit(body: Mapping[str, Any], sha256: str) -> tuple[Commit, str]:
     part = PartId(shard_id=body["shard_id"], view=body["view"])
-    num_bytes = sum(size for size, _ in body["files"].values())
+    files, _ = body["files"], body["ends"]  # both are read again where files are checked
+    num_bytes = sum(size for size, _ in files.values())
     versions = _shared(tuple(sorted(body["provenance"].get("versions", {}).items())))
     if body["kind"] == "base":
         source = body["source"]
