@@ -28,6 +28,7 @@ from kdhiera.cache.reader import CacheReader
 from kdhiera.cache.records import seal, unseal
 from kdhiera.cache.repair import repair, repair_at
 from kdhiera.cache.verify import verify, verify_at
+from kdhiera.cache.writer import file_ends
 from kdhiera.errors import MismatchError, UsageError
 from kdhiera.progress import PlainProgress
 from kdhiera.stores import LocalStore
@@ -119,6 +120,8 @@ def forge(root: Path, part: PartId, column: str | None, **fields: Any) -> None:
     for name in body["files"]:
         data = (attempt_of(root, part) / name).read_bytes()
         body["files"][name] = [len(data), google_crc32c.value(data)]
+    ends = file_ends(attempt_of(root, part))
+    body["ends"] = {name: ends[name] for name in body["ends"]}
     path.write_bytes(seal(body))
     if column is not None:
         return
