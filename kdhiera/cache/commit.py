@@ -10,9 +10,9 @@ import contextlib
 import hashlib
 import itertools
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -289,7 +289,7 @@ class Cache:
         """Folder of the attempt that a commit names."""
         return attempt_folder(commit.part, commit.attempt)
 
-    def check_files(self, *commits: Commit, contents: bool = False) -> None:
+    def check_files(self, *commits: Commit) -> None:
         """Check the files of bases or columns: all sizes, and contents of all but chunks.
 
         Chunks carry checksums of their own, checked whenever one is read. Of a file of chunks
@@ -297,55 +297,37 @@ class Cache:
 
         Args:
             *commits: Of one part.
-            contents: Check the contents of chunk files as well.
 
         Raises:
             DamagedError: Naming the part and the first file that is wrong.
         """
-        for problem in self.file_problems(*commits, contents=contents):
-            raise self.unreadable(commits, problem.what)
-
-    def file_problems(self, *commits: Commit, contents: bool) -> Iterator[FileProblem]:
-        """Every file of bases or columns of one part that is missing or wrong.
-
-        Args:
-            *commits: Of one part.
-            contents: Check the contents of chunk files as well.
-        """
-        wanted: dict[str, _Wanted] = {}
+        wanted: dict[str, tuple[int, int]] = {}
+        ends: dict[str, int] = {}
         for commit in commits:
-            record = self.read_record(commit)
-            for name, (size, crc32c) in record["files"].items():
-                end = record["ends"].get(name)
-                file = _Wanted(size=size, crc32c=crc32c, end_crc32c=end, owners=[])
-                wanted.setdefault(f"{self.folder(commit)}/{name}", file).owners.append(commit)
+            record, folder = self.read_record(commit), self.folder(commit)
+            wanted |= {f"{folder}/{n}": (size, c) for n, (size, c) in record["files"].items()}
+            ends |= {f"{folder}/{name}": crc32 for name, crc32 in record["ends"].items()}
         folders = {self.folder(commit) for commit in commits}
         found = {e.key: e.num_bytes for folder in folders for e in self.store.walk(folder)}
-        whole: list[str] = []
-        chunks: list[str] = []  # large: read one at a time, or only how they end
-        for key, file in wanted.items():
-            if key not in found:
-                yield self._problem(key, file, "is missing")
-            elif found[key] != file.size:
-                what = f"has {found[key]:,} bytes and was written with {file.size:,}"
-                yield self._problem(key, file, what)
-            else:
-                (chunks if is_chunk_file(key) else whole).append(key)
-        read = zip(whole, self.store.read_many(whole), strict=True)
-        read_chunks: Iterator[tuple[str, bytes | None]]
-        if contents:
-            read_chunks = ((key, self.store.read_many([key])[0]) for key in chunks)
-        else:
-            sizes = {key: wanted[key].size for key in chunks}
-            read_chunks = zip(chunks, self.store.read_ends(sizes, END_BYTES), strict=True)
-        for key, data in itertools.chain(read, read_chunks):
-            file = wanted[key]
-            crc32c = file.crc32c if contents or not is_chunk_file(key) else file.end_crc32c
-            if data is None or google_crc32c.value(data) != crc32c:
-                yield self._problem(key, file, "does not match its checksum")
+        for key, what in self._wrong_files(wanted, ends, found):
+            raise self.unreadable(commits, f"{self.url}/{key} {what}")
 
-    def _problem(self, key: str, file: _Wanted, what: str) -> FileProblem:
-        return FileProblem(what=f"{self.url}/{key} {what}", key=key, commits=tuple(file.owners))
+    def _wrong_files(
+        self, wanted: Mapping[str, tuple[int, int]], ends: Mapping[str, int], found: dict[str, int]
+    ) -> Iterator[tuple[str, str]]:
+        for key, (size, _) in wanted.items():
+            if key not in found:
+                yield key, "is missing"
+            elif found[key] != size:
+                yield key, f"has {found[key]:,} bytes and was written with {size:,}"
+        whole = [key for key in wanted if not is_chunk_file(key)]
+        for key, data in zip(whole, self.store.read_many(whole), strict=True):
+            if data is None or google_crc32c.value(data) != wanted[key][1]:
+                yield key, "does not match its checksum"
+        sizes = {key: wanted[key][0] for key in ends}
+        for key, data in zip(ends, self.store.read_ends(sizes, END_BYTES), strict=True):
+            if data is None or zlib.crc32(data) != ends[key]:
+                yield key, "does not match its checksum"
 
     def read_file(self, commit: Commit, name: str) -> bytes:
         """Contents of one file of a base or column, checked.
@@ -445,31 +427,6 @@ class Cache:
         if made_under != wanted:
             raise self.damaged(part, f"{self.url}/{key} was committed under another identity")
         return commit
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileProblem:
-    """A file of a part that is missing or wrong.
-
-    Args:
-        what: In words.
-        key: The file.
-        commits: Base or columns that need it.
-    """
-
-    what: str
-    key: str
-    commits: tuple[Commit, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Wanted:
-    """A file as records name it; `end_crc32c` is of how a chunk file ends."""
-
-    size: int
-    crc32c: int
-    end_crc32c: int | None
-    owners: list[Commit]
 
 
 def _part_of(key: str) -> PartId:

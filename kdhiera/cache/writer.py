@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -531,14 +532,19 @@ def _column_files(files: Files, column: str) -> Files:
 
 
 def file_ends(folder: Path) -> dict[str, int]:
-    """crc32c of the last `END_BYTES` of every chunk file below a folder, by path in it."""
+    """crc32 of the last `END_BYTES` of every chunk file below a folder, by path in it.
+
+    Of bytes that end in their own crc32c the crc32c is always the same: that of a file of
+    chunks, each with its own, knows their sizes and nothing of their contents. Any other
+    polynomial does.
+    """
     ends: dict[str, int] = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if is_chunk_file(name) and path.is_file():
             with path.open("rb") as file:
                 file.seek(max(0, path.stat().st_size - END_BYTES))
-                ends[name] = google_crc32c.value(file.read())
+                ends[name] = zlib.crc32(file.read())
     return ends
 
 
