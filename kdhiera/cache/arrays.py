@@ -26,8 +26,6 @@ from kdhiera.cache.commit import Cache
 from kdhiera.cache.layout import ArraySpec
 from kdhiera.cache.records import Commit
 
-_COMPRESSION_LEVEL = 1
-
 
 class ArrayWriter:
     """Appends rows to a new array; holds at most two blocks of them.
@@ -60,8 +58,9 @@ class ArrayWriter:
                 BloscCodec(
                     typesize=dtype.itemsize,
                     cname="zstd",
-                    clevel=_COMPRESSION_LEVEL,
+                    clevel=spec.compression_level,
                     shuffle="shuffle",
+                    blocksize=spec.block_bytes,
                 ),
                 Crc32cCodec(),
             ],

@@ -87,6 +87,8 @@ class ArraySpec:
         row_chunks: Whether a row is a chunk of its own, read alone; otherwise an array
             is small and chunked by the thousand rows.
         order: Order in which the axes of a chunk are stored, rows included; None is theirs.
+        compression_level: Of Blosc's zstd, 1 to 9.
+        block_bytes: Bytes that Blosc compresses at a time; 0 leaves it to Blosc.
     """
 
     shape: tuple[int, ...]
@@ -94,6 +96,8 @@ class ArraySpec:
     axes: tuple[str, ...]
     row_chunks: bool = True
     order: tuple[int, ...] | None = None
+    compression_level: int = 1
+    block_bytes: int = 0
 
     @property
     def row_bytes(self) -> int:
