@@ -241,15 +241,14 @@ class CacheConfig(Section):
     Attributes:
         dir: Folder of the cache, or `s3://bucket/prefix`.
         encoding: How features are stored; see `docs/encodings.md`.
-        compact_error: Share of the features' centred variance that `compact` may lose on the
-            clips that its basis is made from.
+        compact_error: Share of a row's energy about the channel means that `compact` may lose.
         mode: `cached` trains from the cache, `live` runs decoder and teachers in the loop.
         allow_partial: Train although some shards, views or columns are not there yet.
     """
 
     dir: str
     encoding: Literal["fp32", "fp16", "bf16", "int8", "compact"] = "int8"
-    compact_error: float = Field(0.015, gt=0, le=0.5)
+    compact_error: float = Field(0.017, ge=0.002, le=0.5)
     mode: Literal["cached", "live"] = "cached"
     allow_partial: bool = False
 

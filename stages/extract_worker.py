@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.encoding import basis_to_npz, calibrate
+from kdhiera.cache.encoding import basis_to_npz, start_calibration
 from kdhiera.cache.fingerprint import column_identity
 from kdhiera.cache.layout import ColumnStatus, PartId, parse_column
 from kdhiera.cache.reader import BaseRows, read_base
@@ -189,25 +189,25 @@ class PartExtractor:
         """Calibrate on all tokens of the first good clips; a basis that is there stays."""
         drawn = (item for shard in task.shards for item in self._first_views(shard))
         good = itertools.islice((i for i in drawn if i.clip is not None), task.num_rows)
-        tokens: dict[tuple[str, str], list[torch.Tensor]] = {k: [] for k in task.columns.values()}
+        calibrations = {
+            column: start_calibration(parse_column(column).encoding, width=self._widths[key])
+            for column, key in task.columns.items()
+        }
         for batch in self._batches(good):
             clips = np.stack([item.clip.frames for item in batch if item.clip is not None])
             out = self._featurizer.teach(clips, layers=_layers(task.columns), with_scores=False)
-            for teacher, layer in tokens:
+            for column, (teacher, layer) in task.columns.items():
                 units = self._featurizer.grid.tokens_to_units(out[teacher].features[layer].float())
-                tokens[teacher, layer].append(units[units.isfinite().flatten(1).all(1)].cpu())
+                calibrations[column].add(units[units.isfinite().flatten(1).all(1)])
             self._rows += len(batch)
             self._on_counts(self._rows, self._bad)
             if self._stop.is_set():
                 raise StoppedError(f"stopped at the {task.name}: run again to go on")
         num_bytes = 0
-        for column, key in task.columns.items():
-            rows = torch.cat(tokens.pop(key)) if tokens[key] else torch.empty(0)
-            if not len(rows):
+        for column, calibration in calibrations.items():
+            if not calibration.num_units:
                 raise KdhieraError(f"no clip of data.shards decodes: the {task.name} has no data")
-            encoding = parse_column(column).encoding
-            basis = calibrate(encoding, rows, error=self._config.cache.compact_error)
-            data = basis_to_npz(basis)
+            data = basis_to_npz(calibration.basis(error=self._config.cache.compact_error))
             self._cache.columns.publish_basis(column, data)
             num_bytes += len(data)
         return num_bytes

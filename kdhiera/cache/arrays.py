@@ -27,9 +27,6 @@ from kdhiera.cache.commit import Cache
 from kdhiera.cache.layout import ArraySpec
 from kdhiera.cache.records import Commit
 
-_COMPRESSION_LEVEL = 1
-_BLOSC_BYTES = 2**20  # a row is one Blosc block: smaller and faster than Blosc's own choice
-
 
 class ArrayWriter:
     """Appends rows to a new array; holds at most two blocks of them.
@@ -62,9 +59,9 @@ class ArrayWriter:
                 BloscCodec(
                     typesize=dtype.itemsize,
                     cname="zstd",
-                    clevel=_COMPRESSION_LEVEL,
+                    clevel=spec.compression_level,
                     shuffle="shuffle",
-                    blocksize=_BLOSC_BYTES,
+                    blocksize=spec.block_bytes,
                 ),
                 Crc32cCodec(),
             ],

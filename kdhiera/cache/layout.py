@@ -93,6 +93,9 @@ class ArraySpec:
         axes: Names of all axes, rows included.
         flags: Whether a row is no more than a flag, and chunks hold a thousand of them.
         order: Order in which the axes of a chunk are stored, rows included; None is theirs.
+        compression_level: Of Blosc's zstd, 1 to 9.
+        block_bytes: Bytes that Blosc compresses at a time, a row by default: smaller and faster
+            than Blosc's own choice.
     """
 
     shape: tuple[int, ...]
@@ -100,6 +103,8 @@ class ArraySpec:
     axes: tuple[str, ...]
     flags: bool = False
     order: tuple[int, ...] | None = None
+    compression_level: int = 1
+    block_bytes: int = 2**20
 
     @property
     def row_bytes(self) -> int:

@@ -28,7 +28,6 @@ from kdhiera.cache.reader import CacheReader
 from kdhiera.cache.records import seal, unseal
 from kdhiera.cache.repair import repair, repair_at
 from kdhiera.cache.verify import verify, verify_at
-from kdhiera.cache.writer import file_ends
 from kdhiera.errors import MismatchError, UsageError
 from kdhiera.progress import PlainProgress
 from kdhiera.stores import LocalStore
