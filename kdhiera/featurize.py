@@ -83,6 +83,7 @@ class Featurizer:
         view: int,
         layers: Layers,
         units: Int16[np.ndarray, "b k"] | None = None,
+        rescore: bool = False,
     ) -> Featurized:
         """Run the teachers and keep what the plan asks for.
 
@@ -92,10 +93,12 @@ class Featurizer:
             view: View number.
             layers: Layers wanted, by teacher.
             units: Kept units decided before (a replay); None draws them from the scores.
+            rescore: Compute scores in a replay as well, where they decide nothing; otherwise
+                they are zeros there.
         """
         slots, per_slot = self.grid.slots, self.grid.units_per_slot
         outputs = [
-            self.teach(part, layers=layers, with_scores=units is None)
+            self.teach(part, layers=layers, with_scores=units is None or rescore)
             for part in np.array_split(clips, -(-len(clips) // min(self.batch_size, self._limit)))
         ]
         scored = np.ones(len(clips), bool)
@@ -104,6 +107,8 @@ class Featurizer:
             scored = np.isfinite(scores).all((1, 2))
             scores[~scored] = 1.0 / per_slot  # such rows never train: no column is good
             units = self._kept(scores, uids, view)
+        elif rescore:
+            scores = self._scores(outputs, len(clips))
         else:
             scores = np.zeros((len(clips), slots, per_slot), np.float32)
         index = torch.from_numpy(np.maximum(units, 0).astype(np.int64)).to(self.device)

@@ -12,7 +12,7 @@ import torch
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import NEEDS_BASIS
 from kdhiera.cache.fingerprint import base_identity, column_identity
-from kdhiera.cache.layout import CACHE_FILE, PartId, parse_column
+from kdhiera.cache.layout import CACHE_FILE, COMMITS, PartId, parse_column
 from kdhiera.cache.records import Versions
 from kdhiera.config import RunConfig
 from kdhiera.data.shards import ShardError, ShardIndex, expand, index_shard
@@ -208,6 +208,11 @@ def existing_cache(config: RunConfig) -> Cache | None:
     """The config's cache, or None if there is none yet."""
     there = open_store(config.cache.dir).exists(CACHE_FILE)
     return Cache.open(config.cache.dir) if there else None
+
+
+def has_commits(config: RunConfig) -> bool:
+    """Whether something is committed where the config's cache is, or was."""
+    return bool(open_store(config.cache.dir).names(COMMITS))
 
 
 def make_plan(config: RunConfig, cache: Cache | None, shards: Sequence[ShardIndex]) -> ExtractPlan:

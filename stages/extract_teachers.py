@@ -26,6 +26,7 @@ from kdhiera.stages.extract_plan import (
     ExtractPlan,
     Identities,
     existing_cache,
+    has_commits,
     identify,
     index_all,
     make_plan,
@@ -140,6 +141,8 @@ def extract(
         for column, identity in identities.columns.items():
             if cache.columns.identity(column) is not None:
                 cache.columns.check(column, identity)
+    if not dry_run and has_commits(config):  # an identity that was lost hides none of them
+        cache = _open(config, identities)
     plan = make_plan(config, cache, shards.found)
     on_plan(plan)
     failed: list[str] = []

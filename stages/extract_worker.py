@@ -21,6 +21,7 @@ import torch
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import basis_to_npz, calibrate
+from kdhiera.cache.fingerprint import column_identity
 from kdhiera.cache.layout import ColumnStatus, PartId, parse_column
 from kdhiera.cache.reader import BaseRows, read_base
 from kdhiera.cache.table import Row
@@ -33,7 +34,13 @@ from kdhiera.data.shards import Sample, ShardIndex, read_shard
 from kdhiera.devices import resolve_device
 from kdhiera.errors import KdhieraError, StoppedError
 from kdhiera.featurize import Featurized
-from kdhiera.stages.assemble import decode_limits, featurizer_of, provenance, source_of
+from kdhiera.stages.assemble import (
+    columns_of,
+    decode_limits,
+    featurizer_of,
+    provenance,
+    source_of,
+)
 from kdhiera.views import RowStatus
 
 logger = logging.getLogger(__name__)
@@ -130,6 +137,7 @@ class PartExtractor:
         torch.set_num_threads(config.extract.cpus_per_actor)
         self._cache = Cache.open(config.cache.dir)
         self._featurizer = featurizer_of(config, device=device, plan=self._cache.mask_plan)
+        self._check_columns()
         self._widths = self._featurizer.widths(
             {name: teacher.layers for name, teacher in config.teachers.items()}
         )
@@ -137,6 +145,20 @@ class PartExtractor:
             decode_limits(config.decode),
             num_children=config.decode.num_children or config.extract.cpus_per_actor,
         )
+
+    def _check_columns(self) -> None:
+        """What is written under a column's name is what these very teachers make of it."""
+        config, teachers = self._config, self._featurizer.teachers
+        for column, (name, layer) in columns_of(config).items():
+            identity = column_identity(
+                config,
+                name,
+                layer,
+                identity=teachers[name].identity,
+                weights_sha256=teachers[name].weights_sha256,
+                precision=config.teachers[name].precision,
+            )
+            self._cache.columns.check(column, identity)
 
     def close(self) -> None:
         """End the decoding children."""

@@ -11,9 +11,9 @@ import logging
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.records import Versions
 from kdhiera.config import RunConfig
-from kdhiera.errors import MismatchError
+from kdhiera.errors import KdhieraError, MismatchError
 from kdhiera.stages.assemble import columns_of, versions
-from kdhiera.stages.replay import beyond_bounds, replay_rows
+from kdhiera.stages.replay import NoSourceError, replay_rows
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +27,19 @@ def probe_versions(config: RunConfig, cache: Cache, *, num_rows: int) -> None:
         num_rows: Rows to replay.
 
     Raises:
-        MismatchError: If pixels differ, or features by more than their encoding's bound.
+        MismatchError: If pixels differ, or features and scores by more than their bounds.
         KdhieraError: If no stored row's source can be read.
     """
     commits = list(cache.commits().values())
-    columns = [c for c in columns_of(config) if any(c in part.columns for part in commits)]
-    replayed = replay_rows(config, cache, num_rows=num_rows, columns=columns)
+    columns = {c: k for c, k in columns_of(config).items() if any(c in p.columns for p in commits)}
+    try:
+        replayed = replay_rows(config, cache, num_rows=num_rows, columns=columns)
+    except NoSourceError as error:
+        raise KdhieraError(
+            f"{error}, or set extract.probe_rows=0 to go on without a comparison"
+        ) from None
     changes = _changes({part.base.versions for part in commits})
-    problems = beyond_bounds(config, replayed)
+    problems = replayed.beyond
     if problems:
         raise MismatchError(
             f"the cache in {cache.url} was made with other library versions "

@@ -17,6 +17,13 @@ COMMANDS = [
     ["show"],
     ["config"],
     ["config", "show"],
+    ["cache"],
+    ["cache", "verify"],
+    ["cache", "info"],
+    ["cache", "diff"],
+    ["cache", "ls"],
+    ["cache", "drop"],
+    ["cache", "gc"],
 ]
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 

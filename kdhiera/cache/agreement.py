@@ -7,6 +7,7 @@ the one is to blame: an identity that no part was made under is never held again
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,8 @@ from kdhiera.cache.problems import Problem, part_problem, sha256_of
 from kdhiera.cache.records import BaseCommit, ColumnCommit, unseal
 from kdhiera.cache.survey import PartRecords, Record
 from kdhiera.errors import DamagedError
+
+_DROP_SECONDS = 1.0
 
 T = TypeVar("T")
 
@@ -87,6 +90,7 @@ def _one_column(
     if fingerprint is None:
         if commits:
             first = commits[0][1]
+            time.sleep(_DROP_SECONDS)  # a drop removes it a moment after the identity
             yield Problem(
                 what=(
                     f"{cache.url}/{key} is missing and {len(commits):,} parts have the column: if "

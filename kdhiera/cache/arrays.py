@@ -19,7 +19,7 @@ import google_crc32c
 import numpy as np
 import tensorstore as ts
 import zarr
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
 from kdhiera.cache.commit import Cache
@@ -192,4 +192,26 @@ def read_array(cache: Cache, commit: Commit, path: str) -> np.ndarray:
         values: np.ndarray = open_array(folder).read().result()
     except ValueError as error:
         raise cache.unreadable([commit], f"{path}: {error}") from None
+    return values
+
+
+def read_rows(
+    cache: Cache, commit: Commit, path: str, rows: Int[np.ndarray, " n"]
+) -> Shaped[np.ndarray, "n ..."]:
+    """Read some rows of one array of a base or column, and no others.
+
+    Args:
+        cache: The cache; `Cache.check_files` has found the commit's files whole.
+        commit: The base or column.
+        path: Array inside the attempt, such as `base.zarr/pixels`.
+        rows: Array rows, in any order.
+
+    Raises:
+        DamagedError: If a chunk is missing or damaged.
+    """
+    try:
+        folder = cache.store.kvstore(f"{cache.folder(commit)}/{path}")
+        values: np.ndarray = open_array(folder)[np.asarray(rows, np.int64)].read().result()
+    except ValueError as error:
+        raise cache.damaged(commit.part, f"{path}: {error}") from None
     return values

@@ -100,6 +100,9 @@ class Columns:
     ) -> None:
         """Refuse a column that was made by another teacher or in another way.
 
+        A column that was compared whole is that one for as long as this object lives: if it is
+        dropped and made anew in another way, nothing more is written or read under its name.
+
         Args:
             column: Column id.
             want: Identity that the run asks for.
@@ -125,6 +128,8 @@ class Columns:
                 "Change the config to what the cache has, give the teacher another name to make "
                 f"a column of its own, or remove this one with `kdhiera cache drop {url} {column}`"
             )
+        if not declared_only:
+            self._fingerprints[column] = fingerprint(has)
 
     def fingerprint(self, column: str) -> str | None:
         """Fingerprint of a column, or None if the cache does not know it."""
@@ -137,8 +142,8 @@ class Columns:
 
     def still_there(self, column: str) -> bool:
         """Whether the column was neither dropped nor made anew since it was first looked at."""
-        known = self._fingerprints.pop(column, None)
-        return known is not None and self.fingerprint(column) == known
+        known = self._fingerprints.get(column)
+        return known is not None and Columns(self._store).fingerprint(column) == known
 
     def publish_basis(self, column: str, data: bytes) -> None:
         """Store a column's basis unless there is one; whoever comes first decides.

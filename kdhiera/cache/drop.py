@@ -64,12 +64,12 @@ def drop_column(cache: Cache, column: str, *, dry_run: bool = False) -> Dropped:
     """
     if not cache.store.exists(column_file(column)) and not _records(cache, column):
         _refuse_unknown(cache, column)
-    if not dry_run:
-        cache.store.delete([column_file(column)])
-    records = _records(cache, column)  # only now: none that is added later stays
+    records = _records(cache, column)
     with ThreadPoolExecutor(_THREADS) as pool:
         freed = sum(pool.map(lambda item: _own_bytes(cache, column, *item), records.items()))
     if not dry_run:
+        cache.store.delete([column_file(column)])
+        records = _records(cache, column)  # only now: none that is added later stays
         mine = [key for keys in records.values() for key in keys if _is_of(key, column)]
         folder = column_folder(column)
         rest = [f"{folder}/{name}" for name in cache.store.names(folder)]

@@ -93,6 +93,11 @@ def expected_shards(cache: Cache, patterns: Sequence[str]) -> frozenset[str]:
     return frozenset(chosen or newest.values())
 
 
+def shard_ids(cache: Cache) -> frozenset[str]:
+    """Shards that were asked for, by the names of their records alone."""
+    return frozenset(cache.store.names(SHARDS))
+
+
 def shard_records(cache: Cache) -> dict[str, ShardRecord]:
     """Where every shard that was asked for lay, and when that was noted, by shard id.
 

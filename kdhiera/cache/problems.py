@@ -97,9 +97,9 @@ class Verified:
             "sound": not self.left,
         }
 
-    def describe(self) -> str:
-        """For people."""
-        lines = [
+    def lines(self) -> list[str]:
+        """For people: what was looked at, what is wrong, what was done about it."""
+        return [
             f"cache     {self.cache}",
             f"checked   {self.parts:,} parts, {self.commits:,} records, {self.files:,} files, "
             f"{human_bytes(self.num_bytes)} in {human_seconds(self.seconds)}",
@@ -107,22 +107,29 @@ class Verified:
             *_some("removed", self.removed),
             *_some("restored", self.restored),
         ]
-        mended = len(self.problems) - len(self.left)
+
+    def conclusion(self) -> list[str]:
+        """For people: how it stands, and what comes next."""
         if not self.problems:
-            lines.append("result    sound")
-        elif self.left and not mended:
+            return ["result    sound"]
+        left = _count(len(self.left), "problem")
+        if not self.repaired:
+            able = any(problem.mendable for problem in self.problems)
             advice = (
-                f"run `kdhiera cache verify {self.cache} --repair` to drop what is damaged"
-                if any(problem.mendable for problem in self.left)
-                else "repair can do nothing about them"
+                f"run `kdhiera cache verify {self.cache} --repair` to mend the cache"
+                if able
+                else "repair can do nothing about it"
             )
-            lines.append(f"result    {_count(len(self.left), 'problem')}; {advice}")
-        else:
-            rest = f"; {_count(len(self.left), 'problem')} left" if self.left else ""
-            lines.append(f"result    {_count(mended, 'problem')} repaired{rest}")
+            return [f"result    {left}; {advice}"]
+        mended = len(self.problems) - len(self.left)
+        lines = [f"result    {_count(mended, 'problem')} mended, {len(self.left):,} left"]
         if self.removed:
-            lines.append("next      run `kdhiera extract-teachers CONFIG` to fill it again")
-        return "\n".join(lines)
+            lines.append("next      run `kdhiera extract-teachers CONFIG` to fill the cache again")
+        return lines
+
+    def describe(self) -> str:
+        """For people."""
+        return "\n".join([*self.lines(), *self.conclusion()])
 
 
 def holds(store: Store, problem: Problem) -> bool:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 _THREADS = 8
 _LOOKS = 5  # at a part whose records change while it is looked at
+_NAMED = 8  # files of a part that are named one by one: all of a cache's may be gone
 _REPORT_SECONDS = 0.5
 _ROTTEN = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)  # a disk that cannot give bytes back
 
@@ -69,7 +70,7 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> Verified:
         files=sum(part.num_files for part in checked),
         num_bytes=sum(part.num_bytes for part in checked),
         seconds=time.monotonic() - started,
-        problems=(*found, *(p for p in whole if holds(cache.store, p))),
+        problems=(*(p for p in whole if holds(cache.store, p)), *found),
     )
 
 
@@ -198,11 +199,16 @@ def _look(cache: Cache, known: _Known, report: _Report, part: PartId) -> _Checke
     if found.base_record and found.base is not None:
         sound.insert(0, found.base_record)
     files = _Files(cache, report, sound)
-    for key, what in files.problems():
+    wrong = list(files.problems())
+    for key, what in wrong[:_NAMED]:
         owners = files.owners[key]
         problems.append(part_problem(found, owners, f"{cache.url}/{key} {what}", key))
+    if rest := wrong[_NAMED:]:
+        all_owners = {record.key: record for key, _ in rest for record in files.owners[key]}
+        what = f"{len(rest):,} more of its files are missing or wrong, such as {rest[0][0]}"
+        problems.append(part_problem(found, list(all_owners.values()), what, rest[0][0]))
     for record in sound:
-        if record not in files.broken:
+        if record.key not in files.broken:
             problems += _contradictions(cache, known, found, record)
     return _Checked(
         found=PartRecords(
@@ -248,7 +254,7 @@ class _Files:
         self.wanted: dict[str, tuple[int, int]] = {}
         self.ends: dict[str, int] = {}
         self.owners: dict[str, list[Record]] = {}
-        self.broken: list[Record] = []
+        self.broken: set[str] = set()
         for record in records:
             assert record.commit is not None
             for name, entry in record.files.items():
@@ -263,7 +269,7 @@ class _Files:
         for key, (size, crc32c) in self.wanted.items():
             what = self._wrong(key, size, crc32c)
             if what:
-                self.broken += self.owners[key]
+                self.broken |= {record.key for record in self.owners[key]}
                 yield key, what
             self._report.read(size)
 

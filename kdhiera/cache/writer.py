@@ -352,10 +352,13 @@ class Attempt:
         for column, width in widths.items():
             folder = self.folder / column_group(column)
             name = parse_column(column)
-            create_group(
-                folder,
-                {**asdict(name), "fingerprint": self.cache.columns.fingerprint(column)},
-            )
+            fingerprint = self.cache.columns.fingerprint(column)
+            if fingerprint is None:
+                raise KdhieraError(
+                    f"part {self.part}: column {column} was removed from the cache; run the same "
+                    "command again"
+                )
+            create_group(folder, {**asdict(name), "fingerprint": fingerprint})
             codec = self.cache.columns.codec(column, width)
             specs = {**codec.specs(self.cache.max_kept), "status": STATUS}
             writers[column] = _ColumnWriter(

@@ -37,6 +37,9 @@ app.add_typer(
         (
             "kdhiera cache verify configs/demo.yaml",
             "kdhiera cache verify caches/demo --repair",
+            "kdhiera cache info configs/demo.yaml",
+            "kdhiera cache diff configs/demo.yaml views.num=3",
+            "kdhiera cache ls caches",
             "kdhiera cache drop caches/demo image.9.int8",
             "kdhiera cache gc caches/demo --yes",
         ),

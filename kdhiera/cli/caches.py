@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdhiera.cli.common import AsJson, command, emit, load
-from kdhiera.errors import ExitCode
+from kdhiera.cli.common import AsJson, Config, Overrides, command, emit, load
+from kdhiera.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from kdhiera.cache.commit import Cache
+    from kdhiera.config import RunConfig
 
 cache_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after a cache.")
 
@@ -17,21 +21,47 @@ CacheAt = Annotated[
 ]
 
 
-def _open_cache(where: str) -> Any:
+def _locate(where: str, overrides: list[str] | None = None) -> tuple[str, RunConfig | None]:
+    """Address of a cache, and the config if it was named by one."""
+    if where.endswith((".yaml", ".yml")):
+        run = load(where, overrides)
+        return run.cache.dir, run
+    if overrides:
+        raise UsageError(
+            f"'{overrides[0]}' overrides a setting of a config, and {where} is none: name the "
+            "config's .yaml file instead"
+        )
+    return where, None
+
+
+def _open_cache(where: str, overrides: list[str] | None = None) -> Cache:
     from kdhiera.cache.commit import Cache
 
-    is_config = where.endswith((".yaml", ".yml"))
-    return Cache.open(load(where).cache.dir if is_config else where)
+    return Cache.open(_locate(where, overrides)[0])
 
 
 @command(
     "verify",
     "kdhiera cache verify configs/demo.yaml",
     "kdhiera cache verify caches/demo --repair",
+    "kdhiera cache verify configs/demo.yaml --sources --recompute 16",
     to=cache_app,
 )
 def cache_verify(
     cache: CacheAt,
+    overrides: Overrides = None,
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Hash the shards that it was made from as well.")
+    ] = False,
+    recompute: Annotated[
+        int,
+        typer.Option(
+            "--recompute",
+            metavar="N",
+            min=0,
+            help="Run the teachers again on N rows of every column and compare; needs a config.",
+        ),
+    ] = 0,
     repair: Annotated[
         bool, typer.Option("--repair", help="Remove the commits of what is damaged.")
     ] = False,
@@ -39,29 +69,107 @@ def cache_verify(
 ) -> None:
     """Read every byte of a cache and list what is missing or wrong.
 
-    Repair removes commits only; the next extraction computes what they named again.
+    Repair removes only commits, and what makes a cache or column unreadable; the next
+    extraction computes that again. Safe beside running extractions.
     """
-    from kdhiera.cache import verify as checking
-    from kdhiera.cache.repair import repair as mend
+    url, run = _locate(cache, overrides)
+    from kdhiera.progress import make_progress
+    from kdhiera.stages.verify import check_cache
 
-    opened = _open_cache(cache)
-    found = checking.verify(opened)
-    if repair:
-        found = mend(opened, found)
-    emit(found, found.describe, as_json)
-    if any(not problem.drops for problem in found.problems) or (found.problems and not repair):
+    with make_progress() as progress:
+        report = check_cache(
+            url, config=run, sources=sources, recompute=recompute, repair=repair, progress=progress
+        )
+    emit(report, report.describe, as_json)
+    if not report.sound:
         raise typer.Exit(ExitCode.FAILED)
 
 
-@command("drop", "kdhiera cache drop caches/demo image.9.int8", to=cache_app)
+@command(
+    "drop",
+    "kdhiera cache drop caches/demo image.9.int8",
+    "kdhiera cache drop caches/demo image.9.int8 --dry-run",
+    to=cache_app,
+)
 def cache_drop(
     cache: CacheAt,
     column: Annotated[str, typer.Argument(metavar="COLUMN", help="Such as image.9.int8.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Remove a column from a cache, so that it is not there for any reader."""
+    """Remove a column from a cache.
+
+    No reader finds it any more; a training that is reading it ends with an error that says so.
+    Its bytes stay until `kdhiera cache gc` frees them.
+    """
     from kdhiera.cache.drop import drop_column
 
-    typer.echo(drop_column(_open_cache(cache), column).describe())
+    dropped = drop_column(_open_cache(cache), column, dry_run=dry_run)
+    emit(dropped, dropped.describe, as_json)
+
+
+@command(
+    "info",
+    "kdhiera cache info configs/demo.yaml",
+    "kdhiera cache info s3://bucket/caches/k400 --json",
+    to=cache_app,
+)
+def cache_info(cache: CacheAt, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a cache is and holds.
+
+    Clips, masks, rows by status, columns and their bytes, what is missing, who made it.
+    Reads records and the sizes of files, no features. Exit code 1 if a record is damaged.
+    """
+    opened = _open_cache(cache, overrides)
+    from kdhiera.cache.info import describe_cache
+    from kdhiera.progress import make_progress
+
+    with make_progress() as progress:
+        info = describe_cache(opened, progress=progress)
+    emit(info, info.describe, as_json)
+    if info.damaged:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+@command("ls", "kdhiera cache ls caches", "kdhiera cache ls s3://bucket/caches", to=cache_app)
+def cache_ls(
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="A folder, or s3://bucket/prefix.")
+    ] = ".",
+    as_json: AsJson = False,
+) -> None:
+    """List the caches in a folder and below it.
+
+    Size, shards, views, columns, whether complete, last commit; damaged ones as damaged.
+    """
+    from kdhiera.cache.listing import list_caches
+    from kdhiera.progress import make_progress
+
+    with make_progress() as progress:
+        listing = list_caches(folder, progress=progress)
+    emit(listing, listing.describe, as_json)
+
+
+@command(
+    "diff",
+    "kdhiera cache diff configs/demo.yaml",
+    "kdhiera cache diff configs/demo.yaml objective.ratio=0.9 views.num=3",
+    to=cache_app,
+)
+def cache_diff(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Hold a run against its cache.
+
+    Says what differs or is missing, and what extraction and training would do. Opens neither
+    teachers nor shards; weights are compared by extraction. Exit code 0 if all is there, 5 if
+    extraction has something to add, 3 if extraction or training would be refused.
+    """
+    run = load(config, overrides)
+    from kdhiera.stages.cache_diff import diff_cache
+
+    found = diff_cache(run)
+    emit(found, found.describe, as_json)
+    if found.exit_code:
+        raise typer.Exit(found.exit_code)
 
 
 @command(

@@ -182,6 +182,11 @@ def expand_braces(pattern: str) -> list[str]:
     return [path for word in words for path in expand_braces(head + word + tail)]
 
 
+def shard_stem(path: str) -> str:
+    """What the id of a shard at a path begins with, whatever the shard holds."""
+    return (re.sub(r"[^A-Za-z0-9._-]", "_", Path(path).stem).strip(".") or "shard")[:100]
+
+
 def index_shard(path: str) -> ShardIndex:
     """Read the headers of a shard and hold them against the file.
 
@@ -213,10 +218,9 @@ def index_shard(path: str) -> ShardIndex:
         problems.append(f"duplicate_keys: {repeated} samples have the key of an earlier one")
     if not samples:
         problems.append("no_samples: the archive holds no sample")
-    stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(path).stem).strip(".") or "shard"
     return ShardIndex(
         path=os.path.abspath(path),
-        shard_id=f"{stem[:100]}-{digest.hexdigest()[:12]}",
+        shard_id=f"{shard_stem(path)}-{digest.hexdigest()[:12]}",
         num_bytes=num_bytes,
         samples=tuple(samples),
         problems=tuple(problems),

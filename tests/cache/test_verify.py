@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +16,7 @@ import pytest
 import tiny_cache
 import torch
 import zarr
+from forging import attempt_of, forge
 from tiny_cache import SOURCE, add_column, assert_holds, begin, content, fill, write_part
 
 from kdhiera.cache.commit import Cache
@@ -28,7 +28,6 @@ from kdhiera.cache.reader import CacheReader
 from kdhiera.cache.records import seal, unseal
 from kdhiera.cache.repair import repair, repair_at
 from kdhiera.cache.verify import verify, verify_at
-from kdhiera.cache.writer import file_ends
 from kdhiera.errors import MismatchError, UsageError
 from kdhiera.progress import PlainProgress
 from kdhiera.stores import LocalStore
@@ -105,36 +104,6 @@ def assert_complete(cache: Cache) -> None:
 def only(found: Verified) -> Any:
     assert len(found.problems) == 1, [p.what for p in found.problems]
     return found.problems[0]
-
-
-def attempt_of(root: Path, part: PartId) -> Path:
-    body = unseal((root / commit_file(part, None)).read_bytes(), "")
-    return root / "parts" / part.shard_id / str(part.view) / str(body["attempt"])
-
-
-def forge(root: Path, part: PartId, column: str | None, **fields: Any) -> None:
-    """Change a sealed record, and take the contents of all its files for what was written."""
-    path = root / commit_file(part, column)
-    body = unseal(path.read_bytes(), "")
-    body |= fields
-    for name in body["files"]:
-        data = (attempt_of(root, part) / name).read_bytes()
-        body["files"][name] = [len(data), google_crc32c.value(data)]
-    ends = file_ends(attempt_of(root, part))
-    body["ends"] = {name: ends[name] for name in body["ends"]}
-    path.write_bytes(seal(body))
-    if column is not None:
-        return
-    base = path.read_bytes()
-    import hashlib
-
-    for name in COLUMNS:
-        other = root / commit_file(part, name)
-        record = {
-            **unseal(other.read_bytes(), ""),
-            "base_sha256": hashlib.sha256(base).hexdigest(),
-        }
-        other.write_bytes(seal(record))
 
 
 # files
@@ -222,9 +191,19 @@ def test_all_damage_is_listed_at_once_and_mended_at_once(root: Path) -> None:
     (root / "columns" / INT8 / "column.json").write_bytes(b"x")
     (root / "shards" / "b-0").unlink()
     found = check(root)
-    assert len(found.problems) == len(named_files(root)) + 4
+    assert len(found.problems) == 9 + 4
+    assert (
+        f"{len(named_files(root)) - 8} more of its files are missing or wrong" in found.describe()
+    )
+    assert_heals(root, found)
+
+
+def test_a_cache_that_lost_everything_is_still_told_on_a_screen(root: Path) -> None:
+    shutil.rmtree(root / "parts")
+    found = check(root)
+    assert len(found.problems) == 4 * 9
     text = found.describe()
-    assert "more (--json lists them)" in text
+    assert "16 more (--json lists them)" in text
     assert len(text.splitlines()) < 30
     assert_heals(root, found)
 
@@ -807,7 +786,7 @@ def test_a_cache_in_a_bucket_is_verified_and_mended(s3_url: str, pristine: Path)
     store.delete([scale])
     store.write("shards/b-0", b"")
     found = verify(cache)
-    assert [p.where for p in found.problems] == [pixels, scale, "shards/b-0"]
+    assert [p.where for p in found.problems] == ["shards/b-0", pixels, scale]
     repair(cache, found)
     assert_complete(extract(f"{s3_url}/cache"))
     store.write("cache.json", b"{}")
