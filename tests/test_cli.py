@@ -23,6 +23,7 @@ COMMANDS = [
     ["cache", "diff"],
     ["cache", "ls"],
     ["cache", "drop"],
+    ["cache", "gc"],
 ]
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
