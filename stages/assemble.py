@@ -16,7 +16,7 @@ from kdhiera.cache.layout import column_id
 from kdhiera.cache.records import SourceInfo, Versions
 from kdhiera.config import DecodeConfig, RunConfig
 from kdhiera.data.clip import DecodeLimits
-from kdhiera.data.shards import ShardIndex
+from kdhiera.data.shards import ShardIndex, shard_sha256
 from kdhiera.errors import MismatchError
 from kdhiera.featurize import Featurizer
 from kdhiera.masking import MaskPlan
@@ -94,7 +94,16 @@ def exported_student(config: RunConfig, folder: Path) -> Student:
 
 
 def source_of(shard: ShardIndex) -> SourceInfo:
-    """What a cache records of a shard that is not read yet."""
+    """What a cache records of a shard, all of which is read for its hash.
+
+    Raises:
+        SourceError: If it cannot be read, or is not the one that was indexed.
+    """
+    return replace(unread_source(shard), sha256=shard_sha256(shard))
+
+
+def unread_source(shard: ShardIndex) -> SourceInfo:
+    """The same without the hash, which is known when the shard has been read."""
     return SourceInfo(
         path=shard.path, num_bytes=shard.num_bytes, sha256=None, problems=shard.problems
     )

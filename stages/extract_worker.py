@@ -33,7 +33,7 @@ from kdhiera.data.shards import Sample, ShardIndex, ShardPass
 from kdhiera.devices import resolve_device
 from kdhiera.errors import KdhieraError, StoppedError
 from kdhiera.featurize import Featurized
-from kdhiera.stages.assemble import decode_limits, featurizer_of, provenance, source_of
+from kdhiera.stages.assemble import decode_limits, featurizer_of, provenance, unread_source
 from kdhiera.views import RowStatus
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ class PartExtractor:
         attempt = Attempt(
             self._cache,
             task.part,
-            source=source_of(task.shard),
+            source=unread_source(task.shard),
             columns={column: self._widths[key] for column, key in task.columns.items()},
             base=base,
             provenance=provenance(),

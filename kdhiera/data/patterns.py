@@ -106,7 +106,7 @@ def _glob(store: ObjectStore, folder: str, patterns: list[str]) -> Iterator[str]
             if name_matches(name, first):
                 yield from _glob(store, below + name, rest)
     else:
-        yield from (below + name for name in store.files(folder) if name_matches(name, first))
+        yield from (below + name for name in store.objects(folder) if name_matches(name, first))
 
 
 def _no_match(path: str, pattern: str) -> str:

@@ -18,6 +18,7 @@ from kdhiera.data.clip import shown
 from kdhiera.errors import DamagedError, KdhieraError
 from kdhiera.stores import FileVersion
 
+REQUEST_BYTES = 2**18  # what one more request costs, in bytes that can be read in that time
 _BLOCK_BYTES = 4 * 2**20
 _BLOCKS_AHEAD = 4
 
@@ -31,9 +32,6 @@ class Ranged(Protocol):
 
     Safe to use from several threads.
     """
-
-    request_bytes: int
-    """What one more request costs, in bytes that can be read in that time."""
 
     @property
     def version(self) -> FileVersion:
@@ -68,10 +66,25 @@ def open_ranged(path: str, *, version: FileVersion | None = None) -> Ranged:
     return LocalFile(path, version)
 
 
+def is_there(path: str) -> bool:
+    """Whether there is anything at a path or `s3://` address.
+
+    Raises:
+        SourceError: If a bucket cannot be asked.
+    """
+    if scheme_of(path) != "s3:":
+        return os.path.exists(path)
+    from kdhiera.objects import ObjectStore
+
+    bucket, _, key = path.removeprefix("s3://").partition("/")
+    try:
+        return ObjectStore(f"s3://{bucket}").exists(key)
+    except KdhieraError as error:
+        raise SourceError(str(error)) from None
+
+
 class LocalFile:
     """A file of a local or shared file system."""
-
-    request_bytes = 2**18
 
     def __init__(self, path: str, version: FileVersion | None = None) -> None:
         self._path = path
@@ -110,8 +123,6 @@ class LocalFile:
 
 class ObjectFile:
     """An object in a bucket; every request names the version that is meant."""
-
-    request_bytes = 2**20
 
     def __init__(self, url: str, version: FileVersion | None = None) -> None:
         from kdhiera.objects import ObjectStore  # obstore is only loaded where it is used
@@ -165,7 +176,6 @@ class Forward:
 
     def __init__(self, file: Ranged, *, hashed: bool) -> None:
         self.version = file.version
-        self.request_bytes = file.request_bytes
         self._file = file
         self._block = b""
         self._start = 0  # of the block at hand
