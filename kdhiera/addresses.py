@@ -19,7 +19,7 @@ _QUERY = re.compile(r"\?[\w.~%-]+=.*")  # in a bucket's address a lone `?` is a 
 def scheme_of(address: str) -> str:
     """What stands before the first colon (`s3:`), or nothing for a local path."""
     found = _SCHEME.match(address)
-    return found.group().lower() if found else ""
+    return found.group() if found else ""
 
 
 def without_file_scheme(address: str) -> str:

@@ -36,6 +36,7 @@ _ADVICE = (  # (what the answer says, what it means and what to do), the first t
     ("InvalidAccessKeyId", "the access key is not known there: check AWS_ACCESS_KEY_ID"),
     ("SignatureDoesNotMatch", "the secret key is wrong: check AWS_SECRET_ACCESS_KEY"),
     ("ExpiredToken", "the session token has expired: renew AWS_SESSION_TOKEN"),
+    ("RequestTimeTooSkewed", "the clock of this machine is wrong: set it"),
     (
         "403 Forbidden",
         "access is denied: give these credentials the right to list, read and write there",

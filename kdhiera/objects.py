@@ -17,7 +17,7 @@ from obstore.store import S3Store
 
 from kdhiera import staging
 from kdhiera.addresses import refuse_secrets
-from kdhiera.buckets import access, clear_errors, connect
+from kdhiera.buckets import Access, access, clear_errors, connect
 from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.storage import file_crc32c
 from kdhiera.stores import Entry, Files, FileVersion
@@ -29,6 +29,9 @@ _LARGE_BYTES = 8 * 2**20
 _CREATE_TRIES = 5
 _CREATE_WAIT_SECONDS = 0.2  # doubled with every try
 _PAGE = 1000
+
+
+_conditional: set[tuple[str, Access]] = set()  # buckets whose server honours conditions
 
 
 class ObjectChangedError(KdhieraError):
@@ -162,6 +165,7 @@ class ObjectStore:
                 obstore.put(
                     self._store(), self._path(key), data, mode="create", use_multipart=False
                 )
+                self._require_conditions(key, data)
                 return True
             except (AlreadyExistsError, PreconditionError):
                 pass
@@ -175,6 +179,27 @@ class ObjectStore:
                     raise failure
             time.sleep(_CREATE_WAIT_SECONDS * 2**tries)  # another's write is not done (409)
         raise KdhieraError(f"{self.url}: {key} is refused as taken and is not there: run again")
+
+    def _require_conditions(self, key: str, data: bytes) -> None:
+        """Refuse a server that lets the last writer win: asked once, after a first success.
+
+        Its own bytes are sent again, which changes nothing wherever they are taken.
+        """
+        server = self.bucket, access()
+        if server in _conditional:
+            return
+        try:
+            obstore.put(self._store(), self._path(key), data, mode="create", use_multipart=False)
+        except (AlreadyExistsError, PreconditionError):
+            _conditional.add(server)
+        except (BaseError, OSError):
+            return  # no clear answer; the next success is followed up
+        else:
+            raise KdhieraError(
+                f"{self.url}: the server ignores conditions on writes (If-None-Match), so runs "
+                "could overwrite one another's commits: put the cache in a bucket of a server that "
+                "honours them, or in a folder"
+            )
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects one after the other."""
@@ -190,15 +215,16 @@ class ObjectStore:
 
     def names(self, folder: str) -> list[str]:
         """Names in a folder, from a listing with a delimiter."""
-        return sorted({*self.folders(folder), *self.files(folder)})
+        folders, objects = self._list(folder)
+        return sorted({*folders, *objects})
 
     def folders(self, folder: str) -> list[str]:
-        """Names of the folders in a folder."""
-        return _last_names(self._list(folder)["common_prefixes"])
+        """Names of common prefixes, from a listing with a delimiter."""
+        return sorted(self._list(folder)[0])
 
-    def files(self, folder: str) -> list[str]:
-        """Names of the objects in a folder."""
-        return _last_names(meta["path"] for meta in self._list(folder)["objects"])
+    def objects(self, folder: str) -> list[str]:
+        """Names of objects, from a listing with a delimiter."""
+        return sorted(self._list(folder)[1])
 
     def walk(self, folder: str) -> Iterator[Entry]:
         """All objects below a folder, by pages of a thousand."""
@@ -230,11 +256,11 @@ class ObjectStore:
         def send(name: str) -> tuple[str, tuple[int, int]]:
             path, large = staged / name, sizes[name] > _LARGE_BYTES
             entry = sizes[name], file_crc32c(path)
-            with clear_errors(self._address(f"{folder}/{name}")), _mapped(path) as data:
+            with clear_errors(self._address(f"{folder}/{name}")):
                 obstore.put(
                     self._store(large=large),
                     self._path(f"{folder}/{name}"),
-                    data,
+                    _mapped(path),
                     use_multipart=False,
                 )
             return name, entry
@@ -283,9 +309,13 @@ class ObjectStore:
     def _store(self, *, large: bool = False) -> S3Store:
         return connect(self.bucket, large=large)
 
-    def _list(self, folder: str) -> Any:
+    def _list(self, folder: str) -> tuple[list[str], list[str]]:
+        """Names of the folders and of the objects directly in `folder`."""
         with clear_errors(self.url):
-            return obstore.list_with_delimiter(self._store(), self._path(folder) or None)
+            found = obstore.list_with_delimiter(self._store(), self._path(folder) or None)
+        paths = found["common_prefixes"], [meta["path"] for meta in found["objects"]]
+        folders, objects = ([p.rstrip("/").rpartition("/")[2] for p in some] for some in paths)
+        return folders, objects
 
     def _pages(self, folder: str) -> Iterator[list[tuple[str, int, float]]]:
         """(path, size, time of writing) of what lies below a folder, a page at a time."""
@@ -305,16 +335,9 @@ def _version(meta: Mapping[str, Any]) -> FileVersion:
     return FileVersion(num_bytes=meta["size"], tag=meta["e_tag"] or str(meta["last_modified"]))
 
 
-def _last_names(paths: Iterable[str]) -> list[str]:
-    return [path.rstrip("/").rpartition("/")[2] for path in paths]
-
-
-@contextlib.contextmanager
-def _mapped(path: Path) -> Iterator[bytes | mmap.mmap]:
+def _mapped(path: Path) -> bytes | mmap.mmap:
     """A file's bytes without a copy in this process's memory."""
+    if not path.stat().st_size:
+        return b""
     with path.open("rb") as file:
-        if not path.stat().st_size:
-            yield b""
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield data
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

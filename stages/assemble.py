@@ -93,8 +93,8 @@ def exported_student(config: RunConfig, folder: Path) -> Student:
     return student
 
 
-def source_of(shard: ShardIndex) -> SourceInfo:
-    """What a cache records of a shard that is not read yet."""
+def unread_source(shard: ShardIndex) -> SourceInfo:
+    """The same without the hash, which is known when the shard has been read."""
     return SourceInfo(
         path=shard.path, num_bytes=shard.num_bytes, sha256=None, problems=shard.problems
     )

@@ -39,7 +39,7 @@ from kdhiera.stages.assemble import (
     decode_limits,
     featurizer_of,
     provenance,
-    source_of,
+    unread_source,
 )
 from kdhiera.views import RowStatus
 
@@ -219,7 +219,7 @@ class PartExtractor:
         attempt = Attempt(
             self._cache,
             task.part,
-            source=source_of(task.shard),
+            source=unread_source(task.shard),
             columns={column: self._widths[key] for column, key in task.columns.items()},
             base=base,
             provenance=provenance(),

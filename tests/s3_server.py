@@ -30,7 +30,8 @@ class Fault:
 
     `lost`: done, and the connection is cut before the answer. `refused`: 503, not done.
     `conflict`: 409, not done. `cut`: the connection is cut in the middle of the body that is
-    sent (PUT) or answered (GET). `slow`: done after a second.
+    sent (PUT) or answered (GET). `slow`: done after a second. `unconditional`: done whatever
+    its conditions say.
     """
 
     kind: str
@@ -133,6 +134,8 @@ class Server:
             return self._hang_up(environ, start_response)
         if kind == "cut":
             return self._half(environ, b"".join(self._app(environ, start_response)))
+        if kind == "unconditional":
+            environ.pop("HTTP_IF_NONE_MATCH", None)
         if kind == "slow":
             time.sleep(1)
         if self.serialised and method == "PUT":

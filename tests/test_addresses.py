@@ -86,7 +86,7 @@ def test_no_secret_key_is_shown(secret):
     ("address", "scheme"),
     [
         ("s3://b/x", "s3:"),
-        ("S3://b/x", "s3:"),
+        ("S3://b/x", "S3:"),
         ("pipe:cat", "pipe:"),
         ("/a:b/x", ""),
         ("a/b", ""),

@@ -320,3 +320,27 @@ def test_an_address_with_credentials_is_refused_without_showing_them(url):
     with pytest.raises(UsageError, match="was given with credentials or a query") as caught:
         open_store(url)
     assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_ignores_conditions_is_refused(s3, bucket_store, monkeypatch):
+    """Its first success is followed up, before anything relies on it."""
+    monkeypatch.setattr("kdhiera.objects._conditional", set())
+    fault = s3.fault("unconditional", "ignored", times=1000)
+    with pytest.raises(KdhieraError, match="the server ignores conditions on writes"):
+        bucket_store.create("ignored", b"1")
+    assert fault.hits == 2
+    s3.faults.clear()
+    s3.requests.clear()
+    for name in ("first", "second"):
+        assert bucket_store.create(name, name.encode())
+    assert [r.path[-6:] for r in s3.asked("", "PUT")] == ["/first", "/first", "second"]
+
+
+def test_a_folders_names_are_one_listing(s3, bucket_store):
+    for key in ("f/a", "f/b/c"):
+        bucket_store.write(key, b"1")
+    s3.requests.clear()
+    assert bucket_store.names("f") == ["a", "b"]
+    assert bucket_store.folders("f") == ["b"]
+    assert bucket_store.objects("f") == ["a"]
+    assert [r.method for r in s3.requests] == ["GET"] * 3

@@ -103,7 +103,8 @@ class Cache:
         if not store.exists(CACHE_FILE):
             if Path(str(url)).is_file():
                 raise UsageError(f"{url} is a file: set cache.dir to a folder")
-            if store.names("") and not _made_for(store, fingerprint(identity)):
+            taken = store.names("") and not store.exists(CACHE_FILE)  # another run's comes first
+            if taken and not _made_for(store, fingerprint(identity)):
                 raise UsageError(
                     f"{url} holds files but no cache, nor commits that this config would have "
                     "made: set cache.dir to a new or empty folder"

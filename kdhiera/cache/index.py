@@ -16,8 +16,8 @@ from jaxtyping import Int, Int32
 
 from kdhiera.cache.arrays import read_array
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.layout import ColumnStatus, PartId, column_group
-from kdhiera.cache.records import PartCommits
+from kdhiera.cache.layout import ColumnStatus, PartId, column_group, commit_folder
+from kdhiera.cache.records import BaseCommit, PartCommits
 from kdhiera.cache.snapshot import Snapshot
 from kdhiera.cache.table import read_columns
 from kdhiera.errors import MismatchError
@@ -169,6 +169,8 @@ def _index_shard(cache: Cache, views: Sequence[PartCommits], columns: Sequence[s
     for view in views[1:]:
         if view.base.samples_digest != first.samples_digest:
             raise cache.damaged(view.base.part, f"its samples are not those of {first.part}")
+    if len({view.base.source.sha256 for view in views} - {None}) > 1:
+        raise MismatchError(_explain_bytes(cache, [view.base for view in views]))
     clean = all(
         view.base.array_rows == first.num_rows
         and all(set(view.columns[c].statuses) <= {"ok"} for c in columns)
@@ -188,6 +190,16 @@ def _index_shard(cache: Cache, views: Sequence[PartCommits], columns: Sequence[s
         num_samples=len(ordinals),
         ordinals=ordinals,
         array_rows=tuple(np.ascontiguousarray(r) for r in rows[:, ordinals]),
+    )
+
+
+def _explain_bytes(cache: Cache, bases: Sequence[BaseCommit]) -> str:
+    made = [f"{b.part} of {b.source.path}, sha256 {str(b.source.sha256)[:12]}" for b in bases]
+    folders = [f"{cache.url}/{commit_folder(base.part)}" for base in bases]
+    return (
+        f"views of one shard were made of different bytes: {'; '.join(made)}. Remove those that "
+        f"are of the wrong ones ({', '.join(folders)}) and run `kdhiera extract-teachers CONFIG` "
+        "with the right shard"
     )
 
 

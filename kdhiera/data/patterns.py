@@ -19,6 +19,7 @@ from kdhiera.addresses import (
     without_file_scheme,
 )
 from kdhiera.data.clip import shown
+from kdhiera.data.ranges import open_bucket
 from kdhiera.errors import KdhieraError, UsageError
 
 if TYPE_CHECKING:
@@ -75,13 +76,10 @@ def _find(path: str) -> list[str]:
 
 
 def _find_objects(url: str) -> list[str]:
-    from kdhiera.objects import ObjectStore  # obstore is only loaded where it is used
-
-    bucket, _, key = url.removeprefix("s3://").partition("/")
-    if not key:
+    if not url.removeprefix("s3://").partition("/")[2]:
         raise UsageError(f"data.shards: '{shown(url)}' names no object: write s3://bucket/KEY.tar")
     try:
-        store = ObjectStore(f"s3://{bucket}")
+        store, key = open_bucket(url)
         if store.exists(key):
             return [url]
         if GLOB.search(key):
@@ -106,7 +104,7 @@ def _glob(store: ObjectStore, folder: str, patterns: list[str]) -> Iterator[str]
             if name_matches(name, first):
                 yield from _glob(store, below + name, rest)
     else:
-        yield from (below + name for name in store.files(folder) if name_matches(name, first))
+        yield from (below + name for name in store.objects(folder) if name_matches(name, first))
 
 
 def _no_match(path: str, pattern: str) -> str:

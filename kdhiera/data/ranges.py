@@ -11,13 +11,17 @@ import os
 import stat
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kdhiera.addresses import scheme_of
 from kdhiera.data.clip import shown
 from kdhiera.errors import DamagedError, KdhieraError
 from kdhiera.stores import FileVersion
 
+if TYPE_CHECKING:
+    from kdhiera.objects import ObjectStore
+
+REQUEST_BYTES = 2**18  # what one more request costs, in bytes that can be read in that time
 _BLOCK_BYTES = 4 * 2**20
 _BLOCKS_AHEAD = 4
 
@@ -31,9 +35,6 @@ class Ranged(Protocol):
 
     Safe to use from several threads.
     """
-
-    request_bytes: int
-    """What one more request costs, in bytes that can be read in that time."""
 
     @property
     def version(self) -> FileVersion:
@@ -68,27 +69,35 @@ def open_ranged(path: str, *, version: FileVersion | None = None) -> Ranged:
     return LocalFile(path, version)
 
 
-def is_there(path: str) -> bool:
-    """Whether something lies at a path or `s3://` address.
+def open_bucket(url: str) -> tuple[ObjectStore, str]:
+    """The bucket of an `s3://` address, and what is meant in it.
 
     Raises:
-        SourceError: If its bucket cannot be asked.
+        UsageError: If the address names no bucket, or carries credentials.
+    """
+    from kdhiera.objects import ObjectStore  # obstore is only loaded where it is used
+
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    return ObjectStore(f"s3://{bucket}"), key
+
+
+def is_there(path: str) -> bool:
+    """Whether there is anything at a path or `s3://` address.
+
+    Raises:
+        SourceError: If a bucket cannot be asked.
     """
     if scheme_of(path) != "s3:":
         return os.path.exists(path)
-    from kdhiera.objects import ObjectStore  # obstore is only loaded where it is used
-
-    bucket, _, key = path.removeprefix("s3://").partition("/")
+    bucket, key = open_bucket(path)
     try:
-        return ObjectStore(f"s3://{bucket}").exists(key)
+        return bucket.exists(key)
     except KdhieraError as error:
         raise SourceError(str(error)) from None
 
 
 class LocalFile:
     """A file of a local or shared file system."""
-
-    request_bytes = 2**18
 
     def __init__(self, path: str, version: FileVersion | None = None) -> None:
         self._path = path
@@ -128,14 +137,9 @@ class LocalFile:
 class ObjectFile:
     """An object in a bucket; every request names the version that is meant."""
 
-    request_bytes = 2**20
-
     def __init__(self, url: str, version: FileVersion | None = None) -> None:
-        from kdhiera.objects import ObjectStore  # obstore is only loaded where it is used
-
-        bucket, _, self._key = url.removeprefix("s3://").partition("/")
         self._url = url
-        self._bucket = ObjectStore(f"s3://{bucket}")
+        self._bucket, self._key = open_bucket(url)
         self.version = version or self._there()
 
     def read(self, start: int, stop: int) -> bytes:
@@ -182,7 +186,6 @@ class Forward:
 
     def __init__(self, file: Ranged, *, hashed: bool) -> None:
         self.version = file.version
-        self.request_bytes = file.request_bytes
         self._file = file
         self._block = b""
         self._start = 0  # of the block at hand

@@ -23,13 +23,13 @@ import google_crc32c
 
 from kdhiera.addresses import scheme_of
 from kdhiera.data.clip import shown
-from kdhiera.data.ranges import Forward, Ranged, SourceError, open_ranged
+from kdhiera.data.ranges import REQUEST_BYTES, Forward, Ranged, SourceError, open_ranged
 from kdhiera.data.tars import BLOCK_BYTES, Member, SampleRef, ShardError, read_headers
 from kdhiera.stores import FileVersion
 from kdhiera.views import RowStatus
 
 _LABEL_BYTES = 2**20
-_INDEXERS = 16
+_INDEXERS = 32  # a bucket takes its time to answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,17 +164,6 @@ def index_shard(path: str) -> ShardIndex:
     )
 
 
-def shard_sha256(index: ShardIndex) -> str:
-    """Hash of all bytes of a shard, as hex digits.
-
-    Raises:
-        SourceError: If the file cannot be read, or is not the one that was indexed.
-    """
-    file = open_ranged(index.path, version=index.version)
-    with closing(Forward(file, hashed=True)) as read:
-        return read.sha256()
-
-
 class ShardPass:
     """One reading of a whole shard, front to back; a context manager.
 
@@ -230,6 +219,16 @@ class ShardPass:
             SourceError: If the file cannot be read, or is not the one that was indexed.
         """
         return self._file.sha256()
+
+
+def shard_sha256(index: ShardIndex) -> str:
+    """Hash of all bytes of a shard, as hex digits.
+
+    Raises:
+        SourceError: If the file cannot be read, or is not the one that was indexed.
+    """
+    with closing(Forward(open_ranged(index.path, version=index.version), hashed=True)) as file:
+        return file.sha256()
 
 
 def read_shard(
@@ -330,7 +329,7 @@ def _contents(file: Ranged, index: ShardIndex, members: Sequence[Member]) -> dic
     runs: list[list[Member]] = []
     for member in sorted(set(members), key=lambda member: member.offset):
         gap = member.offset - (runs[-1][-1].offset + runs[-1][-1].num_bytes) if runs else 0
-        if not runs or gap > file.request_bytes:
+        if not runs or gap > REQUEST_BYTES:
             runs.append([])
         runs[-1].append(member)
     contents: dict[Member, bytes] = {}

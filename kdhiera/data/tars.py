@@ -17,12 +17,13 @@ from typing import Any, cast
 import google_crc32c
 
 from kdhiera.data.clip import shown
-from kdhiera.data.ranges import Ranged
+from kdhiera.data.ranges import REQUEST_BYTES, Ranged
 from kdhiera.errors import UsageError
 
 BLOCK_BYTES = 512
 _END_BYTES = 2 * BLOCK_BYTES  # two blocks of zeros end an archive
 _MAX_HEADER_BYTES = 2**26
+_LEAST_BYTES, _MOST_BYTES = 2**14, 2**22  # read at once where headers lie far apart, and close
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own members
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -107,7 +108,7 @@ class HeaderReader:
         self._at = 0
         self._window = b""
         self._start = 0
-        self._ahead = file.request_bytes // 16
+        self._ahead = _LEAST_BYTES
 
     def tell(self) -> int:
         """Where the next read begins."""
@@ -135,8 +136,8 @@ class HeaderReader:
         return data
 
     def _fetch(self, stop: int, gap: int) -> None:
-        near = self._file.request_bytes
-        self._ahead = min(2 * self._ahead, 4 * near) if gap <= near else near // 64
+        near = gap <= REQUEST_BYTES
+        self._ahead = min(2 * self._ahead, _MOST_BYTES) if near else _LEAST_BYTES
         end = min(max(stop, self._at + self._ahead), self._file.version.num_bytes)
         self._window = self._file.read(self._at, end)
         self._start = self._at

@@ -8,7 +8,17 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from tiny_cache import COLUMNS, Content, begin, content, fill, make_cache, write_part
+from tiny_cache import (
+    COLUMNS,
+    Content,
+    assert_close,
+    begin,
+    content,
+    decoded,
+    fill,
+    make_cache,
+    write_part,
+)
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.layout import PartId
@@ -93,9 +103,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert rows.uids == tuple(row.uid for row in what.good)
             np.testing.assert_array_equal(rows.pixels, what.pixels)
             for column in asked:
-                stored = rows.columns[column]
-                values = stored["codes"] * stored["scale"][..., None]
-                np.testing.assert_allclose(values, what.features[column], atol=0.1)
+                assert_close(column, decoded(reader, rows, column), what.features[column])
 
     def teardown(self) -> None:
         shutil.rmtree(self.root)

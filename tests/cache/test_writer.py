@@ -1,3 +1,4 @@
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +31,7 @@ from kdhiera.cache.layout import ColumnStatus, PartId
 from kdhiera.cache.reader import CacheReader, read_base
 from kdhiera.cache.stats import ChannelStatistics
 from kdhiera.errors import KdhieraError, MismatchError
+from kdhiera.stores import LocalStore
 
 PART = PartId(shard_id="a-0", view=0)
 ALL = tuple(WIDTHS)
@@ -338,6 +340,31 @@ def test_views_of_one_shard_come_from_the_same_bytes(cache: Cache):
             attempt.commit(source_sha256=SOURCE.sha256)
     assert {s.sha256 for s in cache.sources("a-0")} == {SOURCE.sha256}
     assert [s.path for s in cache.sources("a-0")] == [SOURCE.path, "https://host/shard.tar"]
+
+
+def test_views_of_different_bytes_that_were_published_at_once_are_not_trained_on(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+):
+    """Each looked at the other's source before either was there; the reader looks again."""
+    other = PartId(shard_id="a-0", view=1)
+    create = LocalStore.create
+    with begin(cache, PART) as first, begin(cache, other) as second:
+        fill(first, content(PART))
+        fill(second, content(other))
+
+        def between(self: LocalStore, key: str, data: bytes) -> bool:
+            monkeypatch.setattr(LocalStore, "create", create)
+            second.commit(source_sha256="cd" * 32)
+            return self.create(key, data)
+
+        monkeypatch.setattr(LocalStore, "create", between)
+        first.commit()
+    CacheReader(cache, num_views=1, columns=COLUMNS)
+    with pytest.raises(MismatchError, match=r"sha256 abababababab; a-0 view 1 .* cdcdcdcdcdcd"):
+        CacheReader(cache, num_views=2, columns=COLUMNS)
+    shutil.rmtree(f"{cache.url}/{layout.commit_folder(other)}")
+    write_part(cache, other)
+    CacheReader(cache, num_views=2, columns=COLUMNS)
 
 
 def test_signed_urls_are_not_recorded(cache: Cache):

@@ -167,6 +167,7 @@ def test_globs_list_only_the_folders_that_can_match(s3, s3_url):
         ("pipe:aws s3 cp s3://u:secret@bucket/x -", "has the scheme 'pipe:'"),
         ("https://host/x.tar?sig=secret", "has the scheme 'https:'"),
         ("gs://bucket/x.tar", "has the scheme 'gs:'"),
+        ("S3://bucket/x.tar", "has the scheme 'S3:'"),
     ],
 )
 def test_addresses_that_are_refused_in_one_clear_sentence(s3_url, pattern, words):

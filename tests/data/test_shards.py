@@ -22,6 +22,7 @@ from kdhiera.data.shards import (
     index_shards,
     read_sample,
     read_shard,
+    shard_sha256,
     try_index_shards,
 )
 from kdhiera.data.tars import ShardError
@@ -307,7 +308,10 @@ def test_a_large_member_is_not_read(shard):
 
 def sha256(index):
     with ShardPass(index, video_extensions=("mp4",)) as opened:
-        return opened.sha256()
+        list(opened.samples())
+        found = opened.sha256()
+    assert shard_sha256(index) == found
+    return found
 
 
 def test_identity_is_that_of_the_index(shard):
