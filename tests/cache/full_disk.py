@@ -38,7 +38,7 @@ def main(folder: Path, how: str, url: str | None = None) -> None:
     """Commit a part, fail at the next, which is larger, and do it after all."""
     allow(folder, how, large=False)
     first, second = (PartId(shard_id=shard, view=0) for shard in ("a-0", "b-0"))
-    small, large = content(first, 5), content(second, 150)
+    small, large = content(first, 5), content(second, 250)
     if url:
         tempfile.tempdir = str(folder)
     cache = make_cache(url or folder / "cache")
