@@ -21,7 +21,7 @@ from kdhiera.cache.records import SourceInfo
 from kdhiera.cache.survey import read_part
 from kdhiera.data.shards import ShardError, ShardIndex, expand, index_shard, shard_stem
 from kdhiera.errors import DamagedError, UsageError
-from kdhiera.progress import BYTES, Progress
+from kdhiera.progress import BYTES, Progress, counted
 from kdhiera.stages.assemble import source_of
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Sources:
         """For people."""
         counts = Counter(check.status for check in self.checks)
         said = ", ".join(f"{counts[status]:,} {status}" for status in SourceStatus)
-        lines = [f"sources   {len(self.checks):,} shards: {said}"]
+        lines = [f"sources   {counted(len(self.checks), 'shard')}: {said}"]
         lines += [f"{c.status.value:<9} {c.shard_id}: {c.what}" for c in self.checks if c.what]
         return "\n".join(lines)
 
