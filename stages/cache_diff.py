@@ -23,12 +23,13 @@ from kdhiera.cache.fingerprint import (
     differences,
     table,
 )
-from kdhiera.cache.info_text import counted, some
+from kdhiera.cache.info_text import some
 from kdhiera.cache.layout import CACHE_FILE, PartId, column_id
 from kdhiera.cache.records import PartCommits
 from kdhiera.config import RunConfig
 from kdhiera.data.patterns import expand
 from kdhiera.errors import ExitCode, UsageError
+from kdhiera.progress import counted
 from kdhiera.stores import open_store
 
 ROWS = "rows"  # what a part lacks that has nothing at all

@@ -23,7 +23,7 @@ from kdhiera.data.ranges import SourceError, is_there
 from kdhiera.data.shards import ShardIndex, index_shard, shard_sha256, shard_stem
 from kdhiera.data.tars import ShardError
 from kdhiera.errors import UsageError
-from kdhiera.progress import BYTES, Progress
+from kdhiera.progress import BYTES, Progress, counted
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Sources:
         """For people."""
         counts = Counter(check.status for check in self.checks)
         said = ", ".join(f"{counts[status]:,} {status}" for status in SourceStatus)
-        lines = [f"sources   {len(self.checks):,} shards: {said}"]
+        lines = [f"sources   {counted(len(self.checks), 'shard')}: {said}"]
         lines += [f"{c.status.value:<9} {c.shard_id}: {c.what}" for c in self.checks if c.what]
         return "\n".join(lines)
 

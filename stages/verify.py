@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.fingerprint import differences
+from kdhiera.cache.info import natural_order
 from kdhiera.cache.layout import parse_column
 from kdhiera.cache.problems import Verified
 from kdhiera.cache.repair import repair_at
 from kdhiera.cache.verify import verify_at
 from kdhiera.config import RunConfig
 from kdhiera.errors import UsageError
-from kdhiera.progress import Progress
+from kdhiera.progress import Progress, counted
 
 if TYPE_CHECKING:  # teachers and decoders: loaded where they are asked for
     from kdhiera.stages.replay import Replayed
@@ -75,8 +76,8 @@ class CacheReport:
         reasons = ["the cache holds what was written"]
         if self.sources and self.sources.changed:
             reasons.append(
-                f"{len(self.sources.changed):,} shards are not what it was made from: restore "
-                "them, or leave them out of data.shards"
+                f"{counted(len(self.sources.changed), 'shard')} not what it was made from: "
+                "restore, or leave out of data.shards"
             )
         if self.replayed and self.replayed.beyond:
             reasons.append(
@@ -151,7 +152,7 @@ def _recompute(
     made_by = {parse_column(column).teacher: i for column, i in identities.columns.items()}
     columns: dict[str, tuple[str, str]] = {}
     skipped: dict[str, str] = {}
-    for column in cache.columns.names():
+    for column in sorted(cache.columns.names(), key=natural_order):
         name = parse_column(column)
         if column in identities.columns:
             cache.columns.check(column, identities.columns[column])
@@ -180,8 +181,8 @@ def _same_teacher(cache: Cache, column: str, other: Mapping[str, Any]) -> bool:
 
 def _recompute_lines(replayed: Replayed, skipped: Mapping[str, str]) -> str:
     lines = [
-        f"recompute {replayed.rows} rows of {replayed.parts} parts: pixels equal in "
-        f"{replayed.pixels_equal}"
+        f"recompute {counted(replayed.rows, 'row')} of {counted(replayed.parts, 'part')}: pixels "
+        f"equal in {replayed.pixels_equal}"
     ]
     if replayed.scores_rows:
         lines.append(
@@ -190,8 +191,8 @@ def _recompute_lines(replayed: Replayed, skipped: Mapping[str, str]) -> str:
         )
     width = max((len(c.column) for c in replayed.columns), default=0)
     lines += [
-        f"          {c.column:<{width}}  {c.rows} rows, worst cosine {c.worst_cosine:.6f}, error "
-        f"{c.error:.1e} of the variance (bound {c.bound:.0e})"
+        f"          {c.column:<{width}}  {counted(c.rows, 'row')}, worst cosine "
+        f"{c.worst_cosine:.6f}, error {c.error:.1e} of the variance (bound {c.bound:.0e})"
         for c in replayed.columns
     ]
     lines += [f"          {column}: left out, {why}" for column, why in skipped.items()]

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from kdhiera.cache.encoding import Codec
 
 _THREADS = 8
+_REMOTE_THREADS = 32  # a bucket answers slowly, and many at once
 _LOOKS = 5  # at a part whose records change while it is looked at
 _NAMED = 8  # files of a part that are named one by one: all of a cache's may be gone
 _REPORT_SECONDS = 0.5
@@ -58,7 +59,7 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> Verified:
     parts = list(cache.records())
     known = _Known(cache)
     report = _Report(progress, len(parts))
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(_REMOTE_THREADS if "://" in cache.url else _THREADS) as pool:
         checked = list(pool.map(partial(_check_part, cache, known, report), parts))
     report.finish()
     found = [problem for part in checked for problem in part.problems]

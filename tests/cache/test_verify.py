@@ -155,6 +155,8 @@ def test_a_sound_cache_is_sound(pristine: Path) -> None:
 def test_any_damaged_file_of_a_part_is_named_alone(root: Path, damage: str) -> None:
     files = named_files(root)
     assert len(files) == 24
+    for part in PARTS[1:]:  # they need not be read each time
+        shutil.rmtree((root / commit_file(part, None)).parent)
     for key, owners in files.items():
         path = root / key
         sound = path.read_bytes()
