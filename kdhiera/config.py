@@ -298,8 +298,8 @@ class StudentConfig(Section):
     Attributes:
         size: Named size; see `kdhiera.student.hiera`.
         drop_path: Rate of the last block, rising linearly from 0.
-        taps: Where heads read, by teacher, one for every layer in order: `stage3.mid`,
-            `stage3.end`, `stage4.end` or `block:N`; None spreads a teacher's layers over these.
+        taps: Where heads read, by teacher, one for every layer in order: `stageN.mid`, `stageN.end`
+            or `block:N`; None spreads a teacher's layers over backbone stages 3 and 4.
         head: `linear`, or `mlp` with one hidden layer.
         mix: Every head reads a learned mix of all taps that are named (MaskAlign).
         init: Weights to start from: an official Hiera video checkpoint, or an export; None

@@ -101,6 +101,7 @@ def load_init(backbone: Any, path: str, grid: Grid) -> None:
     _fit_positions(state, grid, clip, file)
     _check_shapes(state, own, path)
     backbone.load_state_dict({name: value.float() for name, value in state.items()})
+    logger.info("student.init %s: the student starts from these weights", path)
 
 
 def weights_file(path: str) -> Path:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdhiera.config import ObjectiveConfig, TrainConfig
+from kdhiera.errors import KdhieraError
 from kdhiera.objective.losses import (
     RunningMean,
     cosine,
@@ -118,11 +119,15 @@ class Learner:
 
         Raises:
             NonFiniteError: Before any weight changes, naming teacher and layer.
+            KdhieraError: If `train.compile` is set and this machine cannot compile.
         """
         number = batch.position.step
         wanted = self._wanted(batch)
         dropped = self._drops(batch)
-        with seeded("step", self.config.seed, number, device=self.device):
+        with (
+            seeded("step", self.config.seed, number, device=self.device),
+            _explain_compiler(self.config.compile),
+        ):
             outcome = self._forward(batch.pixels, batch.units, wanted, dropped)
         if not bool(torch.isfinite(outcome.value)):
             raise NonFiniteError(_explain_loss(outcome.losses, wanted))
@@ -228,7 +233,8 @@ class Learner:
 
     def _descend(self, value: Tensor, lr: float) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+        with _explain_compiler(self.config.compile):  # the backward pass is compiled when used
+            value.backward()  # type: ignore[no-untyped-call]
         parameters = [
             parameter
             for group in self.optimizer.param_groups
@@ -264,6 +270,24 @@ def seeded(*parts: object, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+@contextmanager
+def _explain_compiler(compiled: bool) -> Iterator[None]:
+    """One sentence where torch has a page: there is no working compiler on this machine."""
+    if not compiled:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException  # slow to import, and seldom needed
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise KdhieraError(
+            f"train.compile: torch cannot compile the step here ({reason[:200]}): install a C++ "
+            "compiler (for a CPU) or Triton (for CUDA), or set train.compile=false"
+        ) from error
 
 
 def _explain_loss(losses: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

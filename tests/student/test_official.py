@@ -94,9 +94,10 @@ def test_outputs_equal_the_original_implementations(
     torch.testing.assert_close(ours.features(clips), pooled, **tolerance)
 
 
+@pytest.mark.parametrize("q_pool", [2, 3])
 @torch.no_grad()
-def test_noise_where_nothing_is_shown_changes_no_bit(checkpoint: Path) -> None:
-    ours = student(checkpoint)
+def test_noise_where_nothing_is_shown_changes_no_bit(checkpoint: Path, q_pool: int) -> None:
+    ours = student(checkpoint, q_pool=q_pool)
     clips, units = original.clips(), torch.tensor(UNITS)
     noise = torch.randint_like(clips, 0, 256)
     shown = torch.zeros(2, GRID.num_units, dtype=torch.bool).scatter(1, units, True)
