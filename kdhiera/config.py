@@ -298,13 +298,20 @@ class StudentConfig(Section):
     Attributes:
         size: Named size; see `kdhiera.student.hiera`.
         drop_path: Rate of the last block, rising linearly from 0.
-        taps: Where heads read, by teacher, one for every layer in order: `stage3.mid`,
-            `stage3.end`, `stage4.end` or `block:N`; None spreads a teacher's layers over these.
+        taps: Where heads read, by teacher, one for every layer in order: `stageN.mid`, `stageN.end`
+            or `block:N`; None spreads a teacher's layers over backbone stages 3 and 4.
+        head: `linear`, or `mlp` with one hidden layer.
+        mix: Every head reads a learned mix of all taps that are named (MaskAlign).
+        init: Weights to start from: an official Hiera video checkpoint, or an export; None
+            starts from the seed.
     """
 
     size: Literal["nano", "tiny", "small", "base", "base_plus", "large", "huge"] = "base"
     drop_path: Fraction = 0.1
     taps: Mapping[str, tuple[str, ...]] | None = None
+    head: Literal["linear", "mlp"] = "linear"
+    mix: bool = False
+    init: str | None = None
 
 
 class ObjectiveConfig(Section):
@@ -313,9 +320,14 @@ class ObjectiveConfig(Section):
     Attributes:
         teachers: Teachers that train the student; None means all.
         layers: Layers by teacher; None means all that are cached.
-        normalise: `layer_norm`, `standardize` (statistics of the cache), `l2`, `none`.
-        loss: `smooth_l1`, `mse` or `cosine`.
+        normalise: `layer_norm`, `standardize` and `phi_s` (statistics of the cache), `l2`, `none`.
+        calibration_rows: Clips whose kept units `phi_s` takes its covariance from.
+        loss: `smooth_l1`, `mse`, `cosine` or `cosine_smooth_l1` (half of each).
         beta: Where smooth L1 turns linear.
+        layer_weights: A layer's share of its teacher's loss, by teacher and layer; 1 where none is
+            named. Only proportions count: the teacher's own share is `teachers.NAME.weight`.
+        teacher_drop: Chance that a sample does without a teacher other than the one it is worst
+            at (UNIC); 0 keeps all.
         strategy: Mask strategy; must be planned in the cache.
         ratio: Mask ratio; None takes what `masks` plans for the strategy.
         draws: Masks a view; None takes what `masks` plans for the strategy.
@@ -323,9 +335,12 @@ class ObjectiveConfig(Section):
 
     teachers: tuple[str, ...] | None = None
     layers: Mapping[str, tuple[str, ...]] | None = None
-    normalise: Literal["layer_norm", "standardize", "l2", "none"] = "layer_norm"
-    loss: Literal["smooth_l1", "mse", "cosine"] = "smooth_l1"
+    normalise: Literal["layer_norm", "standardize", "phi_s", "l2", "none"] = "layer_norm"
+    calibration_rows: int = Field(256, ge=2)
+    loss: Literal["smooth_l1", "mse", "cosine", "cosine_smooth_l1"] = "smooth_l1"
     beta: float = Field(1.0, gt=0)
+    layer_weights: Mapping[str, Mapping[str, Annotated[float, Field(ge=0)]]] | None = None
+    teacher_drop: Fraction = 0.0
     strategy: Strategy = Strategy.ATTENTION
     ratio: Ratio | None = None
     draws: int | None = Field(None, ge=1, le=1000)
@@ -337,6 +352,16 @@ class ObjectiveConfig(Section):
             return value
         return {
             k: tuple(str(x) for x in v) if isinstance(v, list | tuple) else v
+            for k, v in value.items()
+        }
+
+    @field_validator("layer_weights", mode="before")
+    @classmethod
+    def _weight_names(cls, value: object) -> object:
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            k: {str(layer): weight for layer, weight in v.items()} if isinstance(v, Mapping) else v
             for k, v in value.items()
         }
 
@@ -362,6 +387,9 @@ class TrainConfig(Section):
         keep_last: Checkpoints kept.
         prefetch: Batches read ahead.
         num_threads: CPU threads of the loop; 0 leaves torch's own choice.
+        compile: Compile forward and losses with `torch.compile`.
+        grad_checkpointing: Compute the student's blocks again in the backward pass instead of
+            keeping what they computed: less memory, more time, the same losses.
     """
 
     epochs: int = Field(400, ge=1)
@@ -381,6 +409,8 @@ class TrainConfig(Section):
     keep_last: int = Field(2, ge=1)
     prefetch: int = Field(3, ge=1)
     num_threads: int = Field(0, ge=0)
+    compile: bool = False
+    grad_checkpointing: bool = False
 
 
 class EvaluateConfig(Section):
@@ -445,6 +475,7 @@ class RunConfig(Section):
         named: list[tuple[str, Iterable[str]]] = [("scores.teacher", (self.scores.teacher,))]
         named.append(("objective.teachers", self.objective.teachers or ()))
         named.append(("objective.layers", self.objective.layers or ()))
+        named.append(("objective.layer_weights", self.objective.layer_weights or ()))
         named.append(("student.taps", self.student.taps or ()))
         for key, names in named:
             for name in names:
@@ -467,6 +498,19 @@ class RunConfig(Section):
                 raise ValueError(
                     f"objective.layers.{name} asks for {sorted(missing)}, but "
                     f"teachers.{name}.layers has {list(self.teachers[name].layers)}"
+                )
+        for name, weights in (self.objective.layer_weights or {}).items():
+            trained = self.objective_layers.get(name, ())
+            unknown = set(weights) - set(trained)
+            if unknown:
+                raise ValueError(
+                    f"objective.layer_weights.{name} weighs {sorted(unknown)}, but the layers of "
+                    f"{name} that train the student are {list(trained)}"
+                )
+            if not sum(weights.get(layer, 1.0) for layer in trained):
+                raise ValueError(
+                    f"objective.layer_weights.{name} leaves no layer a weight: leave {name} out of "
+                    "objective.teachers instead"
                 )
         return self
 

@@ -19,6 +19,15 @@ def test_every_shipped_config_loads_and_comes_back(path: Path, tmp_path: Path) -
     assert load(again) == config
 
 
+def test_layer_weights_are_by_name() -> None:
+    given = load(DEMO, ["objective.layer_weights.image={6: 0.5, 12: 2}"]).objective
+    dotted = load(
+        DEMO, ["objective.layer_weights.image.6=0.5", "objective.layer_weights.image.12=2"]
+    ).objective
+    assert given == dotted
+    assert given.layer_weights == {"image": {"6": 0.5, "12": 2.0}}
+
+
 def test_overrides_are_yaml_at_dotted_keys() -> None:
     config = load(
         DEMO,
@@ -53,6 +62,13 @@ def test_overrides_are_yaml_at_dotted_keys() -> None:
         ("scores.teacher=imago", "scores.teacher names `imago`, but the teachers are: image"),
         ("objective.teachers=[audio]", "objective.teachers names `audio`"),
         ("objective.layers={image: [7]}", r"asks for \['7'\]"),
+        ("objective.layer_weights={imago: {6: 1}}", "objective.layer_weights names `imago`"),
+        ("objective.layer_weights={image: {7: 1}}", r"image weighs \['7'\], but the layers of im"),
+        ("objective.layer_weights={image: {6: 0, 9: 0, 12: 0}}", "leaves no layer a weight"),
+        ("objective.layer_weights.image.6=-1", "`objective.layer_weights.image.6`: .* got -1"),
+        ("objective.teacher_drop=1.5", "`objective.teacher_drop`"),
+        ("objective.loss=huber", "'cosine' or 'cosine_smooth_l1', got 'huber'"),
+        ("student.head=deep", "'linear' or 'mlp', got 'deep'"),
         ("teachers.image.kind=hub", "`teachers.image.kind`"),
         ("teachers.image.model=null", "kind timm needs `model`"),
         ("teachers.image=null", "teachers.image"),
