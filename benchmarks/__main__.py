@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import extraction, training_step
+from benchmarks import extraction, teachers, training_step
 
-BENCHMARKS = {"extraction": extraction.run, "training_step": training_step.run}
+BENCHMARKS = {
+    "extraction": extraction.run,
+    "teachers": teachers.run,
+    "training_step": training_step.run,
+}
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from kdhiera.config import RunConfig, TeacherConfig
 from kdhiera.devices import resolve_precision
+from kdhiera.errors import UsageError
 from kdhiera.grid import Grid
 from kdhiera.teachers.base import Teacher
 from kdhiera.teachers.lowlevel import build_lowlevel_teacher
@@ -61,15 +62,17 @@ def build_teachers(config: RunConfig, *, device: torch.device) -> dict[str, Teac
     scores = config.scores
     scoring = scores.teacher if scores.source != "uniform" else None
     choice = ScoreChoice(layer=scores.layer, heads=scores.heads)
-    teachers = {
-        name: build_teacher(
-            teacher,
-            grid=config.clip.grid,
-            device=device,
-            choice=choice if name == scoring else None,
-        )
-        for name, teacher in config.teachers.items()
-    }
+    teachers = {}
+    for name, teacher in config.teachers.items():
+        try:
+            teachers[name] = build_teacher(
+                teacher,
+                grid=config.clip.grid,
+                device=device,
+                choice=choice if name == scoring else None,
+            )
+        except UsageError as error:  # builders do not know what the run calls a teacher
+            raise UsageError(str(error).replace("<name>", name)) from error
     if scoring is not None:
         teachers[scoring].check((), scores.source)
     return teachers
