@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import extraction, integrity, training_step
+from benchmarks import extraction, integrity, teachers, training_step
 
 BENCHMARKS = {
     "extraction": extraction.run,
     "integrity": integrity.run,
+    "teachers": teachers.run,
     "training_step": training_step.run,
 }
 
