@@ -435,12 +435,13 @@ def _part_of(key: str) -> PartId:
     return PartId(shard_id=shard_id, view=int(view))
 
 
-def restoring(url: str | Path) -> str:
+def restoring(url: str | Path, *, damaged: bool = True) -> str:
     """What to do about a `cache.json` that is gone or damaged; nothing else is lost with it."""
+    aside = f"run `kdhiera cache verify {url} --repair`, which sets it aside, then "
+    first = aside if damaged else "run "
     return (
-        f"Restore it from a copy, or run `kdhiera cache verify {url} --repair`, which sets it "
-        "aside, then `kdhiera extract-teachers CONFIG` with the config that the cache was made "
-        "with, which writes it anew and computes nothing twice"
+        f"Restore it from a copy, or {first}`kdhiera extract-teachers CONFIG` with the config "
+        "that the cache was made with, which writes it anew and computes nothing twice"
     )
 
 
