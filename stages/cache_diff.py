@@ -71,6 +71,7 @@ class CacheDiff:
         missing: Parts of these that lack rows or columns, with what they lack.
         unseen: Shard files of the config that were never extracted.
         partial: Whether the run trains on what is there.
+        live: Whether training runs the teachers itself and reads no cache.
     """
 
     cache: str
@@ -86,6 +87,7 @@ class CacheDiff:
     missing: Missing
     unseen: tuple[str, ...]
     partial: bool
+    live: bool
 
     @property
     def exit_code(self) -> ExitCode:
@@ -120,6 +122,8 @@ class CacheDiff:
     @property
     def distill(self) -> str:
         """Whether training would run, in words."""
+        if self.live:
+            return "would run without the cache (cache.mode=live)"
         if not self.exists:
             return "would not run: there is no cache yet"
         trained = [column for column in self.columns if column.trained]
@@ -226,6 +230,7 @@ def diff_cache(config: RunConfig) -> CacheDiff:
             missing={},
             unseen=files,
             partial=config.cache.allow_partial,
+            live=config.cache.mode == "live",
         )
     cache = Cache.open(config.cache.dir)
     columns = _columns(config, cache)
@@ -256,6 +261,7 @@ def diff_cache(config: RunConfig) -> CacheDiff:
         missing=_missing(cache.commits(), shards, config.views.num, names),
         unseen=tuple(path for path in files if os.path.realpath(path) not in seen),
         partial=config.cache.allow_partial,
+        live=config.cache.mode == "live",
     )
 
 
