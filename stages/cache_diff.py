@@ -72,6 +72,7 @@ class CacheDiff:
         missing: Parts of these that lack rows or columns, with what they lack.
         unseen: Shard files of the config that were never extracted.
         partial: Whether the run trains on what is there.
+        live: Whether training runs the teachers itself and reads no cache.
     """
 
     cache: str
@@ -87,6 +88,7 @@ class CacheDiff:
     missing: Missing
     unseen: tuple[str, ...]
     partial: bool
+    live: bool
 
     @property
     def exit_code(self) -> ExitCode:
@@ -121,6 +123,8 @@ class CacheDiff:
     @property
     def distill(self) -> str:
         """Whether training would run, in words."""
+        if self.live:
+            return "would run without the cache (cache.mode=live)"
         if not self.exists:
             return "would not run: there is no cache yet"
         trained = [column for column in self.columns if column.trained]
@@ -227,6 +231,7 @@ def diff_cache(config: RunConfig) -> CacheDiff:
             missing={},
             unseen=files,
             partial=config.cache.allow_partial,
+            live=config.cache.mode == "live",
         )
     cache = Cache.open(config.cache.dir)
     columns = _columns(config, cache)
@@ -257,6 +262,7 @@ def diff_cache(config: RunConfig) -> CacheDiff:
         missing=_missing(cache.commits(), shards, config.views.num, names),
         unseen=tuple(path for path in files if os.path.realpath(path) not in seen),
         partial=config.cache.allow_partial,
+        live=config.cache.mode == "live",
     )
 
 
