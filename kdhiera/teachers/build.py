@@ -15,7 +15,7 @@ from kdhiera.teachers.lowlevel import build_lowlevel_teacher
 from kdhiera.teachers.module import build_module_teacher
 from kdhiera.teachers.scores import ScoreChoice
 from kdhiera.teachers.timm_image import build_timm_teacher
-from kdhiera.teachers.transformers_vit import build_transformers_teacher
+from kdhiera.teachers.transformers_load import build_transformers_teacher
 
 BUILDERS: Mapping[str, Callable[..., Teacher]] = {
     "timm": build_timm_teacher,

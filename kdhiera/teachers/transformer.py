@@ -176,6 +176,7 @@ class TransformerTeacher:
         scores = None
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
             tokens, beside = self._backbone.embed(self._frames(clips))
+            tokens = tokens.float()  # the sums of blocks stay float32 whatever blocks compute in
             for number in range(1, last + 2):
                 if number == attends:
                     scores = self._attention(str(score_source), number, tokens, beside)

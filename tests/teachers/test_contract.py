@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import CPU, SQUARE, TIMM_FAMILIES, random_clips, timm_teacher
+from small_models import CPU, SQUARE, TIMM_FAMILIES, random_clips, timm_teacher, watched
 from test_transformers_vit import library_model, save, teacher_of
 
 from kdhiera.config import TeacherConfig
@@ -173,6 +173,10 @@ def test_low_precision_stays_near(name: str, tmp_path: Path):
     error = (feature - exact.features["2"]).square().mean()
     assert error < 1e-2 * exact.features["2"].var()
     assert rough.scores.dtype == torch.float32
+    low = case.make(tmp_path, precision="bf16")
+    blocks, _ = watched(None, low._backbone.blocks, lambda: low(clips, ["3"], None))
+    for block in blocks:  # what blocks add up is float32, what they compute with is not
+        assert (block[0] if isinstance(block, tuple) else block).dtype == torch.float32
     torch.testing.assert_close(rough.scores.sum((2, 3)), torch.ones(2, 2))
     assert (rough.scores / exact.scores).log().abs().max() < math.log(1.5)
 

@@ -195,6 +195,7 @@ def test_published_sizes_need_no_options(tmp_path: Path):
         ({"blocks.0.attn.scale": torch.ones(1)}, OPTIONS, "such as blocks.0.attn.scale"),
         ({"blocks.1.gamma_1": torch.ones(WIDTH)}, OPTIONS, "such as blocks.1.gamma_1"),
         ({"blocks.0.mlp.fc1.weight": None}, OPTIONS, "lack its patch embedding of videos or"),
+        ({"pos_embed": torch.ones(1, 30, WIDTH)}, OPTIONS, "hold 30 positions, but .* 2 x 4 x 4"),
         ({"blocks.2.mlp.fc2.bias": None}, OPTIONS, "do not fit videomae.*fc2|is missing"),
     ],
 )
