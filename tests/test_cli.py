@@ -17,6 +17,7 @@ COMMANDS = [
     ["show"],
     ["config"],
     ["config", "show"],
+    ["cache", "bench-encodings"],
 ]
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 

@@ -38,6 +38,7 @@ app.add_typer(
             "kdhiera cache verify configs/demo.yaml",
             "kdhiera cache verify caches/demo --repair",
             "kdhiera cache drop caches/demo image.9.int8",
+            "kdhiera cache bench-encodings configs/demo.yaml",
         ),
     ),
 )
