@@ -126,7 +126,7 @@ class Learner:
         dropped = self._drops(batch)
         with (
             seeded("step", self.config.seed, number, device=self.device),
-            _explain_compiler(self.config.compile),
+            explain_compiler(self.config.compile),
         ):
             outcome = self._forward(batch.pixels, batch.units, wanted, dropped)
         if not bool(torch.isfinite(outcome.value)):
@@ -233,7 +233,7 @@ class Learner:
 
     def _descend(self, value: Tensor, lr: float) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        with _explain_compiler(self.config.compile):  # the backward pass is compiled when used
+        with explain_compiler(self.config.compile):  # the backward pass is compiled when used
             value.backward()  # type: ignore[no-untyped-call]
         parameters = [
             parameter
@@ -273,8 +273,15 @@ def seeded(*parts: object, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _explain_compiler(compiled: bool) -> Iterator[None]:
-    """One sentence where torch has a page: there is no working compiler on this machine."""
+def explain_compiler(compiled: bool) -> Iterator[None]:
+    """One sentence where torch has a page: there is no working compiler on this machine.
+
+    Args:
+        compiled: Whether anything is compiled within; else nothing is done.
+
+    Raises:
+        KdhieraError: If something within cannot be compiled.
+    """
     if not compiled:
         yield
         return

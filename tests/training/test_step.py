@@ -231,6 +231,7 @@ import torch._inductor.config
 from kdhiera.config import ObjectiveConfig
 from kdhiera.errors import KdhieraError
 from kdhiera.student import hiera
+from kdhiera.training.step import explain_compiler
 
 hiera.SIZES = {{"nano": {{**hiera.SIZES["nano"], "stages": (1, 1, 1, 1)}}}}  # to be quicker
 torch.set_num_threads(1)
@@ -250,7 +251,8 @@ assert counters["stats"]["unique_graphs"] == 1, counters["stats"]
 
 torch._inductor.config.cpp.cxx = (None, "/nowhere/g++")
 try:
-    learner(setup, compile=True).step(batch_of(setup, source), measure=False)
+    with explain_compiler(True):
+        torch.compile(torch.sin)(torch.ones(3))
 except KdhieraError as error:
     print(error)
 """
