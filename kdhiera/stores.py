@@ -54,6 +54,11 @@ class Store(Protocol):
         """Address for people, and for `open_store`."""
         ...
 
+    @property
+    def writes_late(self) -> bool:
+        """Whether a write that failed may still happen: a request may be on its way."""
+        ...
+
     def read(self, key: str) -> bytes:
         """Contents of a file.
 
@@ -196,6 +201,11 @@ class LocalStore:
     def url(self) -> str:
         """The folder's path as it was given."""
         return str(self.root)
+
+    @property
+    def writes_late(self) -> bool:
+        """A system call has ended."""
+        return False
 
     def read(self, key: str) -> bytes:
         """Contents of a file."""
