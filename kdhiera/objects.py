@@ -67,6 +67,11 @@ class ObjectStore:
         """The address, without a slash at its end."""
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
+    @property
+    def writes_late(self) -> bool:
+        """A request whose answer was lost may still be on its way."""
+        return True
+
     def read(self, key: str) -> bytes:
         """Contents of an object."""
         with clear_errors(self.url):

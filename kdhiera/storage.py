@@ -7,7 +7,6 @@ import errno
 import hashlib
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -112,11 +111,17 @@ def disk_errors(path: Path) -> Iterator[None]:
         if any(name.startswith(STAGED) for name in path.parts):
             what += ", or set TMPDIR to a folder on another disk,"
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
-        free = shutil.disk_usage(existing).free
         raise KdhieraError(
-            f"the disk of {path} takes no more ({reason}; {free:,} bytes free): {what} and "
+            f"the disk of {path} takes no more ({reason}; {_free(existing)} free): {what} and "
             "run the same command again; what was committed is kept"
         ) from error
+
+
+def _free(folder: Path) -> str:
+    """What a disk has left; files are mentioned where it may hold no more of them."""
+    found = os.statvfs(folder)
+    num_bytes = f"{found.f_bavail * found.f_frsize:,} bytes"
+    return f"{num_bytes} and 0 files" if found.f_files and not found.f_favail else num_bytes
 
 
 def temporary_path(path: Path) -> Path:

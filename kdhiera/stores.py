@@ -68,6 +68,11 @@ class Store(Protocol):
         """Address for people, and for `open_store`."""
         ...
 
+    @property
+    def writes_late(self) -> bool:
+        """Whether a write that failed may still happen: a request may be on its way."""
+        ...
+
     def read(self, key: str) -> bytes:
         """Contents of a file.
 
@@ -210,6 +215,11 @@ class LocalStore:
     def url(self) -> str:
         """The folder's path as it was given."""
         return str(self.root)
+
+    @property
+    def writes_late(self) -> bool:
+        """A system call has ended."""
+        return False
 
     def read(self, key: str) -> bytes:
         """Contents of a file."""

@@ -101,6 +101,12 @@ class ArrayWriter:
         self._wait()
         self._block = self._block[:0]
 
+    def stop(self) -> None:
+        """Wait until nothing is being written any more, whatever becomes of it."""
+        if self._writing is not None:
+            self._writing.exception()
+            self._writing = None
+
     def verify(self) -> str | None:
         """Read the whole array back.
 

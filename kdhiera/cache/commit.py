@@ -44,6 +44,7 @@ from kdhiera.cache.layout import (
     is_chunk_file,
 )
 from kdhiera.cache.records import (
+    COMMIT_KINDS,
     BaseCommit,
     ColumnCommit,
     Commit,
@@ -285,6 +286,25 @@ class Cache:
         if hashlib.sha256(data).hexdigest() != commit.sha256:
             raise self.damaged(commit.part, f"{key} has changed since the cache was opened")
         return unseal(data, f"{self.url}/{key}")
+
+    def named_files(self, part: PartId) -> set[str]:
+        """Keys of all files that any record of a part names, whatever else is wrong with it.
+
+        Raises:
+            DamagedError: If a record is damaged, or of another part.
+        """
+        folder = commit_folder(part)
+        keys = [f"{folder}/{name}" for name in self.store.names(folder)]
+        named: set[str] = set()
+        for key, data in zip(keys, self.store.read_many(keys), strict=True):
+            if data is None:  # dropped since it was listed
+                continue
+            body = unseal(data, f"{self.url}/{key}", kinds=COMMIT_KINDS)
+            if (body["shard_id"], body["view"]) != (part.shard_id, part.view):
+                raise DamagedError(f"{self.url}/{key} is the record of another part")
+            attempt = attempt_folder(part, body["attempt"])
+            named.update(f"{attempt}/{name}" for name in body["files"])
+        return named
 
     def folder(self, commit: Commit) -> str:
         """Folder of the attempt that a commit names."""

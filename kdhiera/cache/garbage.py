@@ -257,7 +257,7 @@ def _collect_part(
 ) -> _Found:
     attempts = list(_attempts(cache, part, unfinished))  # before the records: see the module
     try:
-        named = _named(cache, part)
+        named = cache.named_files(part)
     except DamagedError as error:
         return _Found(
             problems=(f"part {part} is left alone: {error}. `kdhiera cache verify` says more",)
@@ -303,33 +303,13 @@ def _lease(cache: Cache, key: str) -> tuple[bool, float]:
     return record["ended"], float(record["lease_seconds"])
 
 
-def _named(cache: Cache, part: PartId) -> set[str]:
-    """Files that any record of a part names.
-
-    Raises:
-        DamagedError: If a record is damaged, or of another part.
-    """
-    folder = commit_folder(part)
-    keys = [f"{folder}/{name}" for name in cache.store.names(folder)]
-    named: set[str] = set()
-    for key, data in zip(keys, cache.store.read_many(keys), strict=True):
-        if data is None:  # dropped since it was listed
-            continue
-        body = unseal(data, f"{cache.url}/{key}", kinds=("base", "column"))
-        if (body["shard_id"], body["view"]) != (part.shard_id, part.view):
-            raise DamagedError(f"{cache.url}/{key} is the record of another part")
-        attempt = attempt_folder(part, body["attempt"])
-        named.update(f"{attempt}/{name}" for name in body["files"])
-    return named
-
-
 def _remove_attempt(
     cache: Cache, part: PartId, attempt: _Attempt, entries: list[Entry]
 ) -> list[Entry]:
     """Remove what can go of an attempt; returns what went."""
     if not attempt.ended:
         cache.store.delete([attempt.lease_key])
-        named = _named(cache, part)
+        named = cache.named_files(part)
         entries = [entry for entry in entries if entry.key not in named]
     cache.store.delete(entry.key for entry in entries)
     cache.store.prune(attempt.folder)

@@ -18,10 +18,11 @@ from kdhiera.cache.fingerprint import canonical_json
 from kdhiera.cache.layout import PartId
 from kdhiera.errors import DamagedError
 
+COMMIT_KINDS = ("base", "column")
+
 Versions = tuple[tuple[str, str], ...]
 
 _HEAD, _MIDDLE, _TAIL = b'{"body":', b',"sha256":"', b'"}\n'
-_COMMITS = ("base", "column")
 _SEAL_BYTES = len(_MIDDLE) + 64 + len(_TAIL)
 
 
@@ -176,7 +177,7 @@ def parse_commit(data: bytes, path: str) -> tuple[Commit, str]:
         DamagedError: If the record is damaged, or is none of a commit.
     """
     return commit_of(
-        unseal(data, path, kinds=_COMMITS), sha256=hashlib.sha256(data).hexdigest(), path=path
+        unseal(data, path, kinds=COMMIT_KINDS), sha256=hashlib.sha256(data).hexdigest(), path=path
     )
 
 

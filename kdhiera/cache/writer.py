@@ -18,7 +18,7 @@ import contextlib
 import hashlib
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -139,6 +139,8 @@ class Attempt:
         self._lease_seconds = lease_seconds
         self._began, self._began_monotonic = time.time(), time.monotonic()
         self._ended = False
+        self._base: dict[str, ArrayWriter] = {}
+        self._columns: dict[str, _ColumnWriter] = {}
         self.attempt = new_attempt(self._began)
         self._key = attempt_folder(part, self.attempt)
         self.folder = cache.store.stage(self._key)
@@ -275,11 +277,13 @@ class Attempt:
         self._ended = True  # from here on a record may name this folder: it stays
         try:
             return self._publish(files)
+        except BaseException:
+            self._remove_unnamed(files)
+            raise
         finally:  # nothing more is published, whatever happened
             self._mark_ended()
 
     def _publish(self, files: Files) -> CommitResult:
-        store = self.cache.store
         base = self._bound_to or self._publish_base(files)
         won = base.attempt == self.attempt
         same = won or base is self._bound_to or base.rows_digest == self._rows_digest
@@ -290,12 +294,7 @@ class Attempt:
         named = _base_files(files) if won else {}
         for column in published:
             named |= _column_files(files, column)
-        if not named:
-            store.delete_folder(self._key)
-        else:  # what another attempt published first is kept once
-            lost = [n for n in files if n not in named and n != ATTEMPT_FILE]
-            store.delete(f"{self._key}/{name}" for name in lost)
-            store.prune(self._key)
+        self._keep_only(named, files)
         return CommitResult(
             won_base=won,
             adopted=bool(self._base) and same and not won,
@@ -304,10 +303,29 @@ class Attempt:
             num_bytes=sum(size for size, _ in named.values()),
         )
 
+    def _keep_only(self, named: Collection[str], files: Files) -> None:
+        """Remove what another attempt published first: it is kept once."""
+        store = self.cache.store
+        if not named:
+            store.delete_folder(self._key)
+            return
+        lost = [name for name in files if name not in named and name != ATTEMPT_FILE]
+        store.delete(f"{self._key}/{name}" for name in lost)
+        store.prune(self._key)
+
+    def _remove_unnamed(self, files: Files) -> None:
+        """Leave no garbage on a disk that may be full, as far as that is possible."""
+        with contextlib.suppress(KdhieraError, OSError):
+            if not self.cache.store.writes_late:
+                named = self.cache.named_files(self.part)
+                self._keep_only({n for n in files if f"{self._key}/{n}" in named}, files)
+
     def abandon(self) -> None:
         """Give up before `commit`: remove the attempt's folder as far as that is possible."""
         assert not self._ended, "a commit may name this attempt"
         self._ended = True
+        for array in self._array_writers():
+            array.stop()
         self.cache.store.discard(self._key, self.folder)
 
     @contextlib.contextmanager
