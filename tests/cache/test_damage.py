@@ -13,6 +13,7 @@ from kdhiera.cache import layout
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.layout import PartId, commit_folder
 from kdhiera.cache.reader import CacheReader, read_base
+from kdhiera.cache.verify import verify
 from kdhiera.errors import DamagedError
 
 PART = PartId(shard_id="a-0", view=0)
@@ -123,7 +124,7 @@ def test_a_flipped_bit_is_found_or_harmless(cache: Cache, name: str):
             use_everything(cache)
         except DamagedError as error:
             found.append(str(error))
-    # statuses are read only where a record says that a row is bad
+    # records say which rows are bad: statuses are for other readers, and for `verify`
     assert len(found) == (0 if name.endswith("status/c.0") else len(places))
     assert all("a-0 view 0" in message for message in found)
 
@@ -147,7 +148,7 @@ def test_a_record_that_changes_after_opening_is_noticed(cache: Cache):
         reader.read(np.array([0]), view=0)
 
 
-def test_a_damaged_status_is_found_where_rows_are_bad(tmp_path: Path):
+def test_a_damaged_status_harms_no_reader_and_is_found_by_verify(tmp_path: Path):
     cache = make_cache(tmp_path)
     broken = {k: v.copy() for k, v in WHAT.features.items()}
     broken["image.1.int8"][0] = np.inf
@@ -156,8 +157,9 @@ def test_a_damaged_status_is_found_where_rows_are_bad(tmp_path: Path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DamagedError, match=r"a-0 view 0.*status"):
-        CacheReader(cache, num_views=1, columns=COLUMNS)
+    reader = CacheReader(cache, num_views=1, columns=COLUMNS)
+    assert reader.uids(np.arange(reader.num_samples)) == [row.uid for row in WHAT.good[1:]]
+    assert [str(path) in problem.what for problem in verify(cache).problems] == [True]
 
 
 def test_a_damaged_part_is_made_anew_as_the_message_says(cache: Cache):
