@@ -53,28 +53,37 @@ def run() -> None:
     views = [teach(config, shard=0, view=view, num_clips=CLIPS) for view in range(VIEWS)]
     num_clips = sum(len(view.rows) for view in views)
     dense = sum(2 * values.numel() for view in views for values in view.features.values())
-    figures = {"clip views": num_clips, "dense fp16: bytes a clip view": dense / num_clips}
+    sizes: dict[str, dict[str, float]] = {}
+    losses: dict[str, dict[str, float]] = {}
     for encoding in ENCODINGS:
         for plan, change in PLANS.items():
-            if plan == "all units" and encoding not in ("int8", "compact"):
-                continue
             found = demo_config(f"cache.encoding={encoding}", change, f"views.num={VIEWS}")
             with tempfile.TemporaryDirectory() as folder:
                 cache = make_cache(Path(folder), found, calibration)
                 for taught in views:
                     write_part(cache, found, "stored", taught)
-                sizes = _sizes(cache)
-                losses = _losses(cache, found, views) if plan == "1 draw" else {}
-            name = f"{encoding}, {plan}"
-            figures[f"{name}: dense fp16 / targets"] = dense / sizes["targets"]
-            for what, size in sizes.items():
-                figures[f"{name}: {what}, bytes a clip view"] = size / num_clips
-            if losses:
-                figures |= _describe(encoding, losses)
+                stored = _sizes(cache)
+                if plan == "1 draw":
+                    losses |= _describe(encoding, _losses(cache, found, views))
+            kilobytes = {what: size / num_clips / 1000 for what, size in stored.items()}
+            times = {"dense/targets": dense / stored["targets"]}
+            sizes[f"{encoding}, {plan}"] = {**times, **kilobytes}
     for name, size in _others(views, config).items():
-        figures[f"{name}: dense fp16 / targets"] = dense / size
-        figures[f"{name}: targets, bytes a clip view"] = size / num_clips
-    publish("cache_size", {}, figures)
+        kilobytes = {"targets": size / num_clips / 1000}
+        sizes[name] = {"dense/targets": dense / size, **kilobytes}
+    publish(
+        "cache_size",
+        {},
+        {
+            "clip views": num_clips,
+            "dense fp16, kB a clip view": dense / num_clips / 1000,
+            "int8, 1 draw: dense / targets": sizes["int8, 1 draw"]["dense/targets"],
+            "int8: worst error after layer norm": losses["int8, worst"]["layer norm"],
+            "compact, 1 draw: dense / targets": sizes["compact, 1 draw"]["dense/targets"],
+            "compact: worst error after layer norm": losses["compact, worst"]["layer norm"],
+        },
+        {"kB a clip view": sizes, "what is lost": losses},
+    )
 
 
 def _sizes(cache: Cache) -> Counter[str]:
@@ -93,7 +102,7 @@ def _sizes(cache: Cache) -> Counter[str]:
 def _kind(name: str) -> str:
     path = name.split("/")
     if path[-1] == "zarr.json" or len(path) == 1 or path[-2] == "status":
-        return "rows, statistics, metadata"
+        return "rows, metadata"
     return "targets" if path[0] == "targets.zarr" else path[-2]
 
 
@@ -130,17 +139,22 @@ def _loss(before: Tensor, after: Tensor, mean: Tensor) -> Loss:
     )
 
 
-def _describe(encoding: str, losses: Mapping[tuple[str, str], Loss]) -> dict[str, float]:
-    """Every layer's losses and the worst of them."""
-    figures = {}
-    for (teacher, layer), loss in losses.items():
-        figures[f"{encoding}: error after layer norm, {teacher}/{layer}"] = loss.layer_norm
-        figures[f"{encoding}: error of the variance, {teacher}/{layer}"] = loss.variance
-    figures[f"{encoding}: error after layer norm, worst"] = max(
-        loss.layer_norm for loss in losses.values()
+def _describe(encoding: str, losses: Mapping[tuple[str, str], Loss]) -> dict[str, dict[str, float]]:
+    """Every layer's losses and the worst of each."""
+    rows = {f"{encoding}, {teacher}/{layer}": loss for (teacher, layer), loss in losses.items()}
+    rows[f"{encoding}, worst"] = Loss(
+        layer_norm=max(loss.layer_norm for loss in losses.values()),
+        variance=max(loss.variance for loss in losses.values()),
+        cosine=min(loss.cosine for loss in losses.values()),
     )
-    figures[f"{encoding}: cosine of the worst token"] = min(loss.cosine for loss in losses.values())
-    return figures
+    return {
+        name: {
+            "layer norm": loss.layer_norm,
+            "of variance": loss.variance,
+            "worst cosine": loss.cosine,
+        }
+        for name, loss in rows.items()
+    }
 
 
 def _others(views: Sequence[Taught], config: RunConfig) -> dict[str, int]:
@@ -149,8 +163,8 @@ def _others(views: Sequence[Taught], config: RunConfig) -> dict[str, int]:
     for taught in views:
         with tempfile.TemporaryDirectory() as folder:
             theia, dense = Path(folder) / "theia", Path(folder) / "dense"
-            write_theia(theia, taught, config.clip.grid, clips_a_shard=1000)
-            sizes["Theia's tars"] += folder_bytes(theia) - folder_bytes(theia / "image")
+            write_theia(theia, taught, config.clip.grid, clips_a_shard=1000, by_slot=True)
+            sizes["Theia's tars"] += folder_bytes(theia) - folder_bytes(theia / "frames")
             write_dense(dense, taught.features)
             sizes["dense fp16 in Zarr"] += folder_bytes(dense)
     return sizes

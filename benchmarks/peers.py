@@ -4,8 +4,9 @@ Theia (its `doc/dataset_format.md`): WebDataset tars, one set of shards a column
 feature column is `KEY.MODEL.safetensors`, which may hold several tensors, spatial ones with axes
 `c h w` in bf16; a sample of the image column is `KEY.image`, a NumPy array of uint8. Training
 walks through the tars in order (shards in random order, a shuffle buffer after decoding) and zips
-the columns. Theia's samples are images. Here a sample is a whole clip, which is cheaper to read
-than its images one by one: tensors have axes `c t h w`, one a layer.
+the columns. Theia's samples are images. The nearest that clips have is a slot (two frames, and
+`c h w` of every layer); a sample that is a whole clip (`c t h w`) is not what is documented, and
+cheaper to read.
 
 Dense Zarr: one array a layer, fp16, a chunk a clip, with the compression that zarr-python
 chooses by itself.
@@ -31,23 +32,29 @@ from benchmarks.material import Taught
 from kdhiera.grid import Grid
 
 
-def write_theia(folder: Path, taught: Taught, grid: Grid, *, clips_a_shard: int) -> None:
-    """Theia's layout of some clips: a folder of tars a teacher, and one for the frames."""
+def write_theia(
+    folder: Path, taught: Taught, grid: Grid, *, clips_a_shard: int, by_slot: bool
+) -> None:
+    """Theia's layout of some clips: a folder of tars a teacher, and one for the frames.
+
+    Args:
+        folder: Gets the folders of tars.
+        taught: The clips.
+        grid: Their grid.
+        clips_a_shard: Clips of a tar.
+        by_slot: Whether a slot is a sample, or a clip.
+    """
+    columns: dict[str, str | None] = {"frames": None}
+    columns |= {f"features-{teacher}": teacher for teacher, _ in taught.features}
     for first in range(0, len(taught.rows), clips_a_shard):
         some = taught[first : first + clips_a_shard]
-        name = f"{first // clips_a_shard:06d}.tar"
-        clips = range(len(some.rows))
-        frames = {"image": [_npy(clip) for clip in some.frames]}
-        columns = {
-            f"{teacher}.safetensors": [_safetensors(some, teacher, clip, grid) for clip in clips]
-            for teacher in sorted({teacher for teacher, _ in some.features})
-        }
-        for extension, members in {**frames, **columns}.items():
-            path = folder / extension.partition(".")[0] / name
+        for column, teacher in columns.items():
+            extension = "image" if teacher is None else f"{teacher}.safetensors"
+            path = folder / column / f"{first // clips_a_shard:06d}.tar"
             path.parent.mkdir(parents=True, exist_ok=True)
             with tarfile.open(path, "w") as tar:
-                for row, data in zip(some.rows, members, strict=True):
-                    member = tarfile.TarInfo(f"{row.key}.{extension}")
+                for key, data in _samples(some, teacher, grid, by_slot):
+                    member = tarfile.TarInfo(f"{key}.{extension}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
 
@@ -95,20 +102,34 @@ def _decode(extension: str, data: bytes) -> Any:
     return np.load(io.BytesIO(data)) if extension.endswith("image") else data
 
 
-def _safetensors(taught: Taught, teacher: str, clip: int, grid: Grid) -> bytes:
-    return save_safetensors(
-        {
+def _samples(
+    taught: Taught, teacher: str | None, grid: Grid, by_slot: bool
+) -> Iterator[tuple[str, bytes]]:
+    """Keys and contents of the samples of a teacher, or of the frames."""
+    for clip, row in enumerate(taught.rows):
+        frames = taught.frames[clip].reshape(grid.slots, -1, *taught.frames.shape[2:])
+        tokens = {
             layer: _channels_first(values[clip], grid)
             for (name, layer), values in taught.features.items()
             if name == teacher
         }
-    )
+        for slot in range(grid.slots) if by_slot else (slice(None),):
+            key = f"{row.key}-{slot}" if by_slot else row.key
+            if teacher is None:
+                yield key, _npy(frames[slot])
+            else:
+                yield (
+                    key,
+                    save_safetensors(
+                        {layer: values[:, slot].contiguous() for layer, values in tokens.items()}
+                    ),
+                )
 
 
 def _channels_first(units: Tensor, grid: Grid) -> Tensor:
     """Unit-major tokens `[units, 4, c]` as `[c, t, h, w]` in bf16."""
     tokens = grid.units_to_tokens(units[None])[0]
-    return tokens.permute(3, 0, 1, 2).to(torch.bfloat16).contiguous()
+    return tokens.permute(3, 0, 1, 2).to(torch.bfloat16)
 
 
 def _npy(array: np.ndarray) -> bytes:

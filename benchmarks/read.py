@@ -40,6 +40,7 @@ CLIPS, COPIES = 92, 4  # clips of a part, parts with the same clips
 BATCH, BLOCK = 64, 128
 ROUNDS = 5
 EPOCHS_FLAT = 20
+NUM_LAYERS = 5  # of the demo's teachers
 
 Read = Callable[[Sequence[np.ndarray]], None]
 
@@ -65,7 +66,9 @@ def _store(folder: Path) -> None:
     cache = make_cache(folder / "cache", config)
     for copy in range(COPIES):
         write_part(cache, config, f"copy-{copy}", taught)
-        write_theia(folder / f"theia-{copy}", taught, config.clip.grid, clips_a_shard=1000)
+        for way, by_slot in (("slots", True), ("clips", False)):
+            tars = folder / f"theia-{way}-{copy}"
+            write_theia(tars, taught, config.clip.grid, clips_a_shard=1000, by_slot=by_slot)
 
 
 def _measure(folder: str, what: str) -> dict[str, dict[str, Any]]:
@@ -85,7 +88,12 @@ def _compare(folder: Path, cores: str) -> dict[str, dict[str, Any]]:
         "the reader": lambda batches: _each(lambda b: reader.read(b, view=0), batches),
         "stored bytes": lambda batches: _each(stored.read, batches),
         "zarr-python": lambda batches: _each(zarrs.read, batches),
-        "Theia's reader": lambda batches: _theia(folder, len(batches)),
+        "Theia's reader": lambda batches: _theia(
+            folder, "slots", len(batches), BATCH * reader.cache.grid.slots
+        ),
+        "Theia's reader, clips as samples": lambda batches: _theia(
+            folder, "clips", len(batches), BATCH
+        ),
     }
     seconds: dict[str, list[float]] = {}
     figures: dict[str, float] = {}
@@ -148,14 +156,15 @@ def _each(read: Callable[[np.ndarray], object], batches: Sequence[np.ndarray]) -
         read(samples)
 
 
-def _theia(folder: Path, num_batches: int) -> None:
+def _theia(folder: Path, way: str, num_batches: int, samples_a_batch: int) -> None:
     """As many clips as the others read, of all columns, stacked to batches."""
     samples = itertools.chain.from_iterable(
-        read_theia(path) for path in sorted(folder.glob("theia-*"))
+        read_theia(path) for path in sorted(folder.glob(f"theia-{way}-*"))
     )
     for _ in range(num_batches):
-        batch = list(itertools.islice(samples, BATCH))
-        assert len(batch) == BATCH, len(batch)
+        batch = list(itertools.islice(samples, samples_a_batch))
+        assert len(batch) == samples_a_batch, len(batch)
+        assert len(batch[0]) == 1 + NUM_LAYERS, batch[0].keys()
         for name in batch[0]:
             torch.stack([sample[name] for sample in batch])
 

@@ -226,10 +226,11 @@ def make_plan(config: RunConfig, cache: Cache | None, shards: Sequence[ShardInde
     columns = columns_of(config)
     parts = []
     made_by: set[Versions] = set()
+    committed = cache.commits({shard.shard_id for shard in shards}) if cache else {}
     for shard in shards:
         for view in range(config.views.num):
             part = PartId(shard_id=shard.shard_id, view=view)
-            commits = cache.part_commits(part) if cache else None
+            commits = committed.get(part)
             there = commits.columns if commits else {}
             lacks = {c: key for c, key in columns.items() if c not in there}
             if commits is None or lacks:

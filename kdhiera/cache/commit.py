@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ from kdhiera.grid import Grid
 from kdhiera.masking import MaskPlan, MaskSpec
 from kdhiera.stores import Store, open_store
 
-_LISTING_THREADS = 8
+_READING_THREADS = 8
+_READ_TOGETHER = 256
 _VIEW = re.compile(r"0|[1-9]\d*")
 _RECORD = re.compile(rf"{COMMITS}/[^/]+/({_VIEW.pattern})/[^/]+\.json")
 
@@ -226,7 +227,7 @@ class Cache:
         """
         folder = commit_folder(part)
         keys = [f"{folder}/{n}" for n in self.store.names(folder) if n.endswith(".json")]
-        return self._parse(part, keys)
+        return self._together(part, self._read_some(keys))
 
     def sources(self, shard_id: str) -> list[SourceInfo]:
         """Shard that each committed view of `shard_id` was made from."""
@@ -251,18 +252,45 @@ class Cache:
 
     def records(self) -> dict[PartId, list[str]]:
         """Keys of all commit records there are, by part, in sorted order."""
-        keys = [e.key for e in self.store.walk(COMMITS) if _RECORD.fullmatch(e.key)]
-        split = sorted((_part_of(key), key) for key in keys)
-        return {
-            p: [key for _, key in g] for p, g in itertools.groupby(split, key=lambda item: item[0])
-        }
+        folders: dict[str, list[str]] = {}
+        for entry in self.store.walk(COMMITS):
+            if _RECORD.fullmatch(entry.key):
+                folders.setdefault(entry.key.rpartition("/")[0], []).append(entry.key)
+        found = {_part_of(keys[0]): sorted(keys) for keys in folders.values()}
+        return {part: found[part] for part in sorted(found)}
 
-    def commits(self) -> dict[PartId, PartCommits]:
-        """Everything that is committed now, in sorted order of parts."""
-        records = self.records()
-        with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-            read = pool.map(self._parse, records, records.values())
-            return {p: c for p, c in zip(records, read, strict=True) if c is not None}
+    def commits(self, shards: Collection[str] | None = None) -> dict[PartId, PartCommits]:
+        """Everything that is committed now, in sorted order of parts.
+
+        One listing, and each record read once.
+
+        Args:
+            shards: Shard ids to look at; None looks at all.
+        """
+        wanted = None if shards is None else frozenset(shards)
+        records = {
+            part: keys
+            for part, keys in self.records().items()
+            if wanted is None or part.shard_id in wanted
+        }
+        read = self.read_commits([key for keys in records.values() for key in keys])
+        together = {
+            part: self._together(part, islice(read, len(records[part]))) for part in records
+        }
+        return {part: commits for part, commits in together.items() if commits is not None}
+
+    def read_commits(self, keys: Sequence[str]) -> Iterator[Commit | None]:
+        """Many commit records, in the order of their keys.
+
+        Returns:
+            None for one that is gone, or of a column that the cache does not know (any more).
+
+        Raises:
+            DamagedError: If one is damaged, of another part, or made under another identity.
+        """
+        pieces = [keys[i : i + _READ_TOGETHER] for i in range(0, len(keys), _READ_TOGETHER)]
+        with ThreadPoolExecutor(_READING_THREADS) as pool:
+            yield from chain.from_iterable(pool.map(self._read_some, pieces))
 
     def read_commit(self, key: str) -> Commit | None:
         """One commit record; None for a column that the cache does not know (any more).
@@ -407,17 +435,19 @@ class Cache:
             "CONFIG` to make it anew"
         )
 
-    def _parse(self, part: PartId, keys: Iterable[str]) -> PartCommits | None:
+    def _read_some(self, keys: Sequence[str]) -> list[Commit | None]:
+        found = zip(keys, self.store.read_many(keys), strict=True)
+        return [None if data is None else self._parse_record(key, data) for key, data in found]
+
+    def _together(self, part: PartId, commits: Iterable[Commit | None]) -> PartCommits | None:
+        """What is committed of a part, from all its records; None are left out."""
         base: BaseCommit | None = None
         columns: dict[str, ColumnCommit] = {}
-        for key, data in zip(keys, self.store.read_many(keys), strict=True):
-            if data is None:  # dropped since it was listed
-                continue
-            known = self._parse_record(key, data)
-            if isinstance(known, BaseCommit):
-                base = known
-            elif known is not None:
-                columns[known.column] = known
+        for commit in commits:
+            if isinstance(commit, BaseCommit):
+                base = commit
+            elif commit is not None:
+                columns[commit.column] = commit
         if base is None:
             if columns:
                 raise self.damaged(part, f"columns {', '.join(columns)} have no base record")

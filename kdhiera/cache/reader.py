@@ -35,7 +35,7 @@ from kdhiera.cache.layout import (
 from kdhiera.cache.records import BaseCommit, PartCommits
 from kdhiera.cache.rows import KeptRows
 from kdhiera.cache.snapshot import Snapshot, take
-from kdhiera.cache.stats import ChannelStatistics, from_npz, merge
+from kdhiera.cache.stats import ChannelStatistics, from_npz, merge, nothing
 from kdhiera.cache.table import Row, read_columns
 from kdhiera.errors import DamagedError
 
@@ -223,14 +223,33 @@ class CacheReader:
         return [json.loads(text) for text in self._table_values(samples, "labels")]
 
     def statistics(self, column: str) -> ChannelStatistics:
-        """Channel statistics of a column over all tokens of all parts that are read."""
+        """Channel statistics of a column over all tokens, kept or not, of all parts that are read.
 
-        def load(part: PartId) -> ChannelStatistics:
-            commit = self._parts[part].columns[column]
-            return from_npz(self.cache.read_file(commit, "stats.npz"), column)
+        Of every row that was good when the part was made and whose features are finite, those
+        that the column's encoding cannot hold (`overflow`) included: two encodings of a layer
+        have the same statistics.
+        """
+        return self._statistics[column]
 
+    @cached_property
+    def _statistics(self) -> Mapping[str, ChannelStatistics]:
+        """Of all columns, merged in sorted order of parts; a file is read once."""
+        merged = {column: nothing(width) for column, width in self._widths.items()}
         with ThreadPoolExecutor(_THREADS) as pool:
-            return merge(pool.map(load, sorted(self._parts)), self._widths[column])
+            for found in pool.map(self._part_statistics, sorted(self._parts)):
+                for column, more in found.items():
+                    merged[column] = merge((merged[column], more), self._widths[column])
+        return merged
+
+    def _part_statistics(self, part: PartId) -> dict[str, ChannelStatistics]:
+        files: dict[str, bytes] = {}  # by attempt
+        found = {}
+        for column in self.columns:
+            commit = self._parts[part].columns[column]
+            if commit.attempt not in files:
+                files[commit.attempt] = self.cache.read_file(commit, "stats.npz")
+            found[column] = from_npz(files[commit.attempt], column)
+        return found
 
     def codec(self, column: str) -> Codec:
         """How a column that the reader was opened with is stored."""
@@ -256,10 +275,8 @@ class CacheReader:
         for owner in np.unique(owners):
             shard = self._shards[owner]
             places = np.flatnonzero(owners == owner)
-            inside = numbers[places] - self._starts[owner]
-            ordinals = inside if shard.ordinals is None else shard.ordinals[inside]
-            rows = shard.array_rows[view]
-            yield shard, places, ordinals, inside if rows is None else rows[inside]
+            ordinals = shard.places(numbers[places] - self._starts[owner])
+            yield shard, places, ordinals, shard.array_rows(ordinals, view)
 
     def _table_values(self, samples: Int[np.ndarray, " b"], column: str) -> list[Any]:
         values = np.empty(len(samples), object)

@@ -33,6 +33,7 @@ from kdhiera.addresses import redact
 from kdhiera.cache.arrays import ArrayWriter, create_group, read_array
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import Codec
+from kdhiera.cache.gaps import runs_of
 from kdhiera.cache.layout import (
     ATTEMPT_FILE,
     END_BYTES,
@@ -94,7 +95,7 @@ class _ColumnWriter:
         self.codec = codec
         self.basis_sha256 = basis_sha256
         self.num_rows = 0
-        self.statuses = np.zeros(len(ColumnStatus), np.int64)
+        self.statuses: list[UInt8[np.ndarray, " n"]] = []
         self.statistics = merge((), width)
 
 
@@ -231,7 +232,7 @@ class Attempt:
             for name, values in encoded.arrays.items():
                 target.arrays[name].append(values.cpu().numpy())
             target.arrays["status"].append(status)
-        target.statuses += np.bincount(status, minlength=len(ColumnStatus))
+        target.statuses.append(status)
         target.num_rows = stop
 
     def append_statistics(self, column: str, statistics: ChannelStatistics) -> None:
@@ -239,8 +240,9 @@ class Attempt:
 
         Args:
             column: Column id.
-            statistics: Of *all* tokens of more good rows, before units were picked, rows
-                that are not ok in this column left out.
+            statistics: Of *all* tokens of more good rows, before units were picked. Rows
+                that `overflow` count: statistics are of what the teacher says, whatever
+                the encoding; rows that are not finite or were not replayed do not.
 
         Raises:
             ValueError: If they are not finite.
@@ -448,6 +450,7 @@ class Attempt:
             "num_rows": len(self._rows),
             "array_rows": self.num_good,
             "statuses": count_statuses(self._rows),
+            "bad": runs_of(np.array([row.status is not RowStatus.OK for row in self._rows], bool)),
             "samples_digest": samples_digest(self._rows),
             "rows_digest": self._rows_digest,
             **self._named(_base_files(files)),
@@ -461,6 +464,8 @@ class Attempt:
     def _publish_column(self, column: str, files: Files, base: BaseCommit) -> bool:
         """Publish a column unless there is one; returns whether it is this attempt's."""
         target = self._columns[column]
+        statuses = np.concatenate([np.empty(0, np.uint8), *target.statuses])
+        counts = np.bincount(statuses, minlength=len(ColumnStatus))
         body = {
             **self._record("column", self.cache.columns.fingerprint(column)),
             "column": column,
@@ -468,9 +473,10 @@ class Attempt:
             "width": target.width,
             "statuses": {
                 status.name.lower(): int(count)
-                for status, count in zip(ColumnStatus, target.statuses, strict=True)
+                for status, count in zip(ColumnStatus, counts, strict=True)
                 if count
             },
+            "bad": runs_of(statuses != ColumnStatus.OK),
             "basis_sha256": target.basis_sha256,
             **self._named(_column_files(files, column)),
         }

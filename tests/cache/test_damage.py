@@ -390,6 +390,16 @@ def test_an_attempt_does_not_use_a_damaged_basis(root: Path):
     assert not list(root.glob("parts/c-0/0/*"))
 
 
+def test_a_damaged_status_harms_no_reader_and_is_found_by_verify(
+    root: Path, expected: list[Any]
+) -> None:
+    """Records say which rows are bad: statuses are for other readers, and for `verify`."""
+    folder = folder_of(Cache.open(root), Cache.open(root).commits()[A].base)
+    path = folder / column_group(FP32) / "status/c.0"
+    with instead(path, flipped(path.read_bytes(), 4 * len(path.read_bytes()))):
+        assert [str(path) in what for what in problems(root)] == [True]
+
+
 def test_a_basis_that_is_made_anew_meanwhile_takes_no_column_along(root: Path):
     """Made from other rows while an attempt encodes with the old one: it publishes nothing."""
     third = PartId(shard_id="c-0", view=0)

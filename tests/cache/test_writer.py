@@ -206,8 +206,9 @@ def test_statuses_of_the_caller_are_kept(cache: Cache):
         status = np.array([3, 4, 1, 2, 0], np.uint8)
         attempt.append_features(COLUMNS[0], features, status)
         attempt.commit()
-    statuses = cache.commits()[PART].columns[COLUMNS[0]].statuses
-    assert statuses == {
+    commit = cache.commits()[PART].columns[COLUMNS[0]]
+    assert commit.bad == ((0, 5),)
+    assert commit.statuses == {
         "nonfinite": 2,
         "overflow": 1,
         "teacher_error": 1,
