@@ -141,6 +141,7 @@ class CacheMachine(RuleBasedStateMachine):
             attempt = begin(self.cache, part, columns, base=base)
             fill(attempt, of(part, seed), columns, rows=base is None)
             attempt.commit()
+        self.note_what_was_made_anew()
         self.published_some(
             Running(attempt=None, part=part, seed=seed, columns=columns, bound=base is not None)
         )
@@ -165,6 +166,8 @@ class CacheMachine(RuleBasedStateMachine):
         paths = sorted(p for p in paths if self.name(p) not in self.damage)
         if how == "remove" and not self.rows:  # without it nothing here is a cache
             paths = [p for p in paths if p.name != "cache.json"]
+        if not paths:
+            return
         path = paths[int(place * len(paths))]
         sound = path.read_bytes()
         if how == "remove":
@@ -194,12 +197,14 @@ class CacheMachine(RuleBasedStateMachine):
             repair_at(verify_at(self.root))
             try:
                 self.extract_all()
-                break
+                if not verify_at(self.root).problems:
+                    break
             except DamagedError:
                 if last:
                     raise
+        else:
+            raise AssertionError("three repairs do not mend it")
         self.damage = {}
-        assert not verify_at(self.root).problems
 
     def extract_all(self) -> None:
         wanted = self.known.union(*self.columns.values())
@@ -295,6 +300,7 @@ class CacheMachine(RuleBasedStateMachine):
         base = self.base(part) if bound else None
         seed = self.rows[part] if base else seed
         attempt = begin(self.cache, part, columns, base=base)
+        self.note_what_was_made_anew()
         fill(attempt, of(part, seed), columns, rows=base is None)
         return Running(
             attempt=attempt, part=part, seed=seed, columns=columns, bound=base is not None
@@ -303,6 +309,13 @@ class CacheMachine(RuleBasedStateMachine):
     def know(self, columns: tuple[str, ...]) -> None:
         self.cache = make_cache(self.root, columns)
         self.known |= set(columns)
+        self.note_what_was_made_anew()
+
+    def note_what_was_made_anew(self) -> None:
+        """Extraction, which goes on only if no damage matters, writes what it misses."""
+        for name in [n for n in self.damage if n.startswith(("shards/", "columns/"))]:
+            if (self.root / name).exists():
+                del self.damage[name]
 
     def base(self, part: PartId):
         commits = self.cache.part_commits(part)
@@ -329,6 +342,8 @@ class CacheMachine(RuleBasedStateMachine):
         """A record that is gone is nothing that was committed; columns cannot do without rows."""
         name = self.name(path)
         kind, *rest = name.split("/")
+        for running in self.running:
+            running.disturbed |= kind == "columns" and rest[0] in running.columns
         used = kind == "columns" and any(rest[0] in there for there in self.columns.values())
         if kind == "columns" and rest[1] == "column.json" and not used:
             self.known.discard(rest[0])
