@@ -23,8 +23,10 @@ from kdhiera.config import load
 from kdhiera.errors import MismatchError, UsageError
 from kdhiera.progress import make_progress
 from kdhiera.stages.assemble import columns_of
+from kdhiera.stages.distill import distill
 from kdhiera.stages.extract_teachers import ExtractSummary, extract
 from kdhiera.teachers.lowlevel import hog_targets, pixel_targets
+from kdhiera.training.metrics import read_metrics
 
 TEACHERS = Path(__file__).parents[1] / "teachers"
 
@@ -135,11 +137,21 @@ def test_identities_hold_what_decides_features_and_no_more(config: Path, extract
         dry_run(config, "teachers.vit.mean=[0, 0, 0]")
 
 
-def test_a_student_trains_on_all_of_them(config: Path, extracted: Any):
-    done = run("distill", config)
-    assert done.returncode == 0, done.stderr
-    assert "pixels/patch" in done.stdout
-    assert "vjepa2/3" in done.stdout
+def test_training_live_and_from_the_cache_is_the_same(config: Path, extracted: Any):
+    """Every loss of every teacher and layer: fp32 columns, fp32 teachers."""
+    losses = []
+    for mode in ("live", "cached"):
+        run_dir = config.parent / f"run-{mode}"
+        settings = load(config, [f"cache.mode={mode}", f"run_dir={run_dir}"])
+        with make_progress() as progress:
+            distill(settings, progress=progress)
+        lines = read_metrics(run_dir)
+        losses.append([{k: v for k, v in line.items() if "loss" in k} for line in lines])
+    live, cached = losses
+    assert len(live) == 2
+    for step, other in zip(live, cached, strict=True):
+        assert step == pytest.approx(other, rel=0, abs=1e-5)
+    assert {"loss/pixels/patch", "loss/vjepa2/3", "loss/mine/mean"} <= live[0].keys()
 
 
 @pytest.mark.parametrize(
