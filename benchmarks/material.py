@@ -6,6 +6,9 @@ the writer that extraction uses, so that encodings and mask plans differ and not
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +21,8 @@ from torch import Tensor
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import NEEDS_BASIS, basis_to_npz, calibrate
 from kdhiera.cache.fingerprint import base_identity, column_identity
-from kdhiera.cache.layout import PartId, parse_column
-from kdhiera.cache.records import SourceInfo
+from kdhiera.cache.layout import PartId, attempt_folder, commit_file, parse_column
+from kdhiera.cache.records import SourceInfo, seal
 from kdhiera.cache.stats import channel_statistics
 from kdhiera.cache.table import Row
 from kdhiera.cache.writer import Attempt
@@ -142,6 +145,24 @@ def write_part(cache: Cache, config: RunConfig, shard_id: str, taught: Taught) -
             attempt.append_features(column, kept_features, np.zeros(len(units), np.uint8))
             attempt.append_statistics(column, channel_statistics(taught.features[key]))
         attempt.commit()
+
+
+def multiply(cache: Cache, part: PartId, copies: int) -> None:
+    """Commit a part again under other shards' names; its files are linked, not copied."""
+    commits = cache.commits()[part]
+    bodies = {c: cache.read_record(commit) for c, commit in commits.columns.items()}
+    base = cache.read_record(commits.base)
+    root = Path(cache.url)
+    for number in range(copies):
+        other = PartId(shard_id=f"{part.shard_id}-{number:05d}", view=part.view)
+        source, target = (root / attempt_folder(p, commits.base.attempt) for p in (part, other))
+        shutil.copytree(source, target, copy_function=os.link)
+        record = seal({**base, "shard_id": other.shard_id})
+        (root / commit_file(other, None)).parent.mkdir(parents=True)
+        (root / commit_file(other, None)).write_bytes(record)
+        bound = {"shard_id": other.shard_id, "base_sha256": hashlib.sha256(record).hexdigest()}
+        for column, body in bodies.items():
+            (root / commit_file(other, column)).write_bytes(seal({**body, **bound}))
 
 
 def _decoded(config: RunConfig, shard: int, view: int) -> Iterator[tuple[Row, Clip]]:

@@ -27,19 +27,20 @@ import numpy as np
 import torch
 import zarr
 
-from benchmarks.material import demo_config, make_cache, teach, write_part
+from benchmarks.material import demo_config, make_cache, multiply, teach, write_part
 from benchmarks.peers import read_theia, write_theia
 from benchmarks.report import publish
 from benchmarks.stored import StoredBytes
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.layout import base_arrays, column_group
+from kdhiera.cache.layout import PartId, base_arrays, column_group
 from kdhiera.cache.reader import CacheReader
 from kdhiera.training.batches import epoch_order
 
 CLIPS, COPIES = 92, 4  # clips of a part, parts with the same clips
 BATCH, BLOCK = 64, 128
 ROUNDS = 5
-EPOCHS_FLAT = 20
+PARTS, PARTS_A_BATCH, ROWS_A_PART = 800, 16, 4
+PASSES = 20
 NUM_LAYERS = 5  # of the demo's teachers
 
 Read = Callable[[Sequence[np.ndarray]], None]
@@ -56,13 +57,18 @@ def run() -> None:
             found = _measure(folder, cores)
             seconds |= found["seconds"]
             figures |= found["figures"]
-        figures |= _measure(folder, "memory")["figures"]
+        found = _measure(folder, "memory")
+        seconds |= found["seconds"]
+        figures |= found["figures"]
     publish("read", seconds, figures)
 
 
 def _store(folder: Path) -> None:
     config = demo_config()
     taught = teach(config, shard=0, view=0, num_clips=CLIPS)
+    many = make_cache(folder / "many", config)
+    write_part(many, config, "part", taught)
+    multiply(many, PartId(shard_id="part", view=0), PARTS - 1)
     cache = make_cache(folder / "cache", config)
     for copy in range(COPIES):
         write_part(cache, config, f"copy-{copy}", taught)
@@ -80,7 +86,7 @@ def _measure(folder: str, what: str) -> dict[str, dict[str, Any]]:
 
 def _compare(folder: Path, cores: str) -> dict[str, dict[str, Any]]:
     """Seconds a batch of every form, warm and cold, taken in turn."""
-    reader = _open(folder)
+    reader = _open(folder / "cache")
     stored = StoredBytes(reader.cache, _paths(reader), threads=len(os.sched_getaffinity(0)))
     zarrs = _Zarrs(reader)
     _check_equal(reader, stored, zarrs)
@@ -99,45 +105,61 @@ def _compare(folder: Path, cores: str) -> dict[str, dict[str, Any]]:
     figures: dict[str, float] = {}
     for state in ("warm", "cold"):
         taken: dict[str, list[float]] = {name: [] for name in ways}
+        cpu: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(ROUNDS + 1):
             batches = list(epoch_order(0, turn, reader.num_samples, BATCH, block=BLOCK))
             for name, read in ways.items():
                 if state == "cold":
                     _forget(folder)
-                began = time.perf_counter()
+                began, cpu_began = time.perf_counter(), time.process_time()
                 read(batches)
                 if turn:  # the first turn opens files
                     taken[name].append((time.perf_counter() - began) / len(batches))
+                    cpu[name].append((time.process_time() - cpu_began) / len(batches))
         seconds |= {f"{cores}, {state}: a batch by {n}": s for n, s in taken.items()}
-        medians = {name: statistics.median(samples) for name, samples in taken.items()}
-        ours = medians.pop("the reader")
-        figures[f"{cores}, {state}: clips/s of the reader"] = BATCH / ours
-        figures |= {
-            f"{cores}, {state}: speed / that of {name}": median / ours
-            for name, median in medians.items()
-        }
+        figures[f"{cores}, {state}: clips/s of the reader"] = BATCH / statistics.median(
+            taken["the reader"]
+        )
+        for what, samples in (("time", taken), ("CPU time", cpu)):
+            medians = {name: statistics.median(s) for name, s in samples.items()}
+            ours = medians.pop("the reader")
+            figures |= {
+                f"{cores}, {state}: {what} of {name} / the reader's": median / ours
+                for name, median in medians.items()
+            }
     return {"seconds": seconds, "figures": figures}
 
 
 def _memory(folder: Path) -> dict[str, dict[str, Any]]:
-    """Resident memory after one pass over the cache and after twenty."""
-    reader = _open(folder)
-    resident = []
-    for epoch in range(EPOCHS_FLAT):
-        for samples in epoch_order(0, epoch, reader.num_samples, BATCH, block=BLOCK):
-            reader.read(samples, view=0)
+    """Resident memory and open files over passes through more parts than are kept open."""
+    reader = _open(folder / "many")
+    parts = reader.num_samples // CLIPS
+    resident, seconds = [_resident_mb()], []
+    for epoch in range(PASSES):
+        order = np.random.default_rng(epoch).permutation(parts)
+        began = time.perf_counter()
+        for some in order.reshape(-1, PARTS_A_BATCH):
+            rows = np.arange(CLIPS)[epoch :: CLIPS // ROWS_A_PART][:ROWS_A_PART]
+            reader.read((some[:, None] * CLIPS + rows).reshape(-1), view=0)
+        seconds.append((time.perf_counter() - began) / parts)
         resident.append(_resident_mb())
     return {
-        "seconds": {},
+        "seconds": {
+            "a part touched first": seconds[:1],
+            "a part touched again": seconds[1:],
+        },
         "figures": {
-            "resident MB after 1 epoch": resident[0],
-            f"resident MB after {EPOCHS_FLAT} epochs": resident[-1],
+            "parts": parts,
+            "resident MB of an open cache": resident[0],
+            "resident MB after 2 passes": resident[2],
+            f"resident MB after {PASSES} passes": resident[-1],
+            "open files at the end": len(os.listdir("/proc/self/fd")),
         },
     }
 
 
 def _open(folder: Path) -> CacheReader:
-    cache = Cache.open(folder / "cache")
+    cache = Cache.open(folder)
     return CacheReader(cache, num_views=1, columns=cache.columns.names())
 
 
@@ -206,8 +228,8 @@ def _check_equal(reader: CacheReader, stored: StoredBytes, zarrs: _Zarrs) -> Non
 
 
 def _forget(folder: Path) -> None:
-    """Have the kernel drop the files from its page cache."""
-    for path in folder.rglob("*"):
+    """Have the kernel drop what is compared from its page cache."""
+    for path in (*folder.glob("cache/**/*"), *folder.glob("theia-*/**/*")):
         if path.is_file():
             fd = os.open(path, os.O_RDONLY)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
