@@ -117,7 +117,7 @@ def test_shards_and_cache_in_a_bucket_give_the_same_as_on_disk(
     live = load(path, ["cache.mode=live"])
     assert distill(live, progress=progress, overwrite=True).training.steps == 2
     config = load(path)
-    replayed = replay_rows(config, opened, num_rows=3, columns=tuple(columns_of(config)))
+    replayed = replay_rows(config, opened, num_rows=3, columns=columns_of(config))
     assert (replayed.rows, replayed.pixels_equal) == (3, 3)
 
 
