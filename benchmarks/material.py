@@ -29,8 +29,9 @@ from kdhiera.cache.writer import Attempt
 from kdhiera.config import RunConfig, load
 from kdhiera.data.clip import Clip, ClipRequest
 from kdhiera.data.ordered import decode_samples
+from kdhiera.data.patterns import expand
 from kdhiera.data.sandbox import Sandbox
-from kdhiera.data.shards import expand, index_shard, read_shard
+from kdhiera.data.shards import index_shard, read_shard
 from kdhiera.featurize import Featurizer
 from kdhiera.stages.assemble import columns_of, decode_limits, featurizer_of
 from kdhiera.views import RowStatus
