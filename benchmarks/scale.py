@@ -123,6 +123,7 @@ def _plan(folder: str) -> dict[str, float]:
     """What extraction asks of the cache before its first part."""
     from kdhiera.data.shards import ShardIndex
     from kdhiera.stages.extract_plan import make_plan
+    from kdhiera.stores import FileVersion
 
     layers = [str(layer) for layer in range(LAYERS)]
     config = load("configs/demo.yaml", [f"teachers.image.layers={json.dumps(layers)}"])
@@ -130,7 +131,7 @@ def _plan(folder: str) -> dict[str, float]:
         ShardIndex(
             path=f"shard-{i:06d}.tar",
             shard_id=f"shard-{i:06d}-{i:012x}",
-            num_bytes=0,
+            version=FileVersion(num_bytes=0),
             samples=(),
             problems=(),
         )

@@ -87,12 +87,13 @@ class ExtractSummary:
         ]
         if total:
             share = 100 * good / total
+            times = self.dense_bytes / max(self.num_bytes, 1)
+            smaller = f"; {times:.1f} times smaller than dense fp16" if times else ""
             lines.append(f"coverage  {good} of {total} clips good ({share:.1f} %)")
             lines += [f"          {n} {s}" for s, n in sorted(self.rows.items()) if s != "ok"]
             lines.append(
                 f"size      {human_bytes(self.num_bytes)}, "
-                f"{human_bytes(self.num_bytes / max(good, 1))} a clip, pixels included; "
-                f"{self.dense_bytes / max(self.num_bytes, 1):.1f} times smaller than dense fp16"
+                f"{human_bytes(self.num_bytes / max(good, 1))} a clip, pixels included{smaller}"
             )
         lines += [f"problem   {p}" for p in self.problems]
         lines += [f"failed    {f}" for f in self.failed]
