@@ -6,7 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
-import shutil
+import re
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +20,10 @@ from kdhiera.errors import KdhieraError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _SYNC_THREADS = 8
+_TRIES = 10
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+
+STAGED = "kdhiera-staged-"  # begins the names of temporary folders that are uploaded
 
 
 def fsync_folder(folder: Path) -> None:
@@ -33,6 +37,13 @@ def fsync_folder(folder: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Create a folder and its parents so that they survive a power cut."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(FileNotFoundError):  # an empty parent was just removed
+            return _make_folder(folder)
+    return _make_folder(folder)
+
+
+def _make_folder(folder: Path) -> None:
     created = []
     while not folder.is_dir():
         created.append(folder)
@@ -96,12 +107,31 @@ def disk_errors(path: Path) -> Iterator[None]:
         reason = os.strerror(error.errno)
         if error.errno in _REFUSED:
             raise KdhieraError(f"cannot write to {path}: {reason}") from error
+        what = "free some space"
+        if any(name.startswith(STAGED) for name in path.parts):
+            what += ", or set TMPDIR to a folder on another disk,"
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
-        free = shutil.disk_usage(existing).free
         raise KdhieraError(
-            f"the disk of {path} takes no more ({reason}; {free:,} bytes free): free some space "
-            "and run the same command again; what was committed is kept"
+            f"the disk of {path} takes no more ({reason}; {_free(existing)} free): {what} and "
+            "run the same command again; what was committed is kept"
         ) from error
+
+
+def _free(folder: Path) -> str:
+    """What a disk has left; files are mentioned where it may hold no more of them."""
+    found = os.statvfs(folder)
+    num_bytes = f"{found.f_bavail * found.f_frsize:,} bytes"
+    return f"{num_bytes} and 0 files" if found.f_files and not found.f_favail else num_bytes
+
+
+def temporary_path(path: Path) -> Path:
+    """A new name beside `path` for what is to become it."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether `temporary_path` made a file's name: it is being written, or its writer died."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 @contextlib.contextmanager
@@ -111,7 +141,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     Args:
         path: Final name; an existing file is replaced. Its folder must exist.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_path(path)
     try:
         with disk_errors(path):
             with temporary.open("wb") as file:
@@ -136,11 +166,10 @@ def put_if_absent(path: Path, data: bytes) -> bool:
     Returns:
         Whether this call created the file. Never replaces and never leaves half a file.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_path(path)
     try:
         with disk_errors(path):
-            make_folder(path.parent)
-            with temporary.open("xb") as file:
+            with _open_new(temporary) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -152,3 +181,12 @@ def put_if_absent(path: Path, data: bytes) -> bool:
             return True
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _open_new(path: Path) -> IO[bytes]:
+    """Create a file and its folders; an empty folder may be removed by another process."""
+    for _ in range(_TRIES):
+        make_folder(path.parent)
+        with contextlib.suppress(FileNotFoundError):
+            return path.open("xb")
+    return path.open("xb")

@@ -7,11 +7,12 @@ What a cache needs of it is little: whole writes, a write that fails if the name
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, runtime_checkable
 
 from kdhiera.errors import UsageError
@@ -19,6 +20,7 @@ from kdhiera.storage import (
     disk_errors,
     file_crc32c,
     fsync_folder,
+    is_temporary,
     make_folder,
     put_if_absent,
     sync_folder,
@@ -43,6 +45,20 @@ class Entry:
     modified: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileVersion:
+    """Which of the files that may come to lie under one name is meant.
+
+    Args:
+        num_bytes: Its size.
+        tag: What a bucket calls it; empty for a local file, of which the size is all that
+            is the same on every machine.
+    """
+
+    num_bytes: int
+    tag: str = ""
+
+
 @runtime_checkable
 class Store(Protocol):
     """A tree of files; safe to use from several threads and processes."""
@@ -50,6 +66,11 @@ class Store(Protocol):
     @property
     def url(self) -> str:
         """Address for people, and for `open_store`."""
+        ...
+
+    @property
+    def writes_late(self) -> bool:
+        """Whether a write that failed may still happen: a request may be on its way."""
         ...
 
     def read(self, key: str) -> bytes:
@@ -62,6 +83,15 @@ class Store(Protocol):
 
     def read_many(self, keys: Iterable[str]) -> list[bytes | None]:
         """Contents of many files, at once where that helps; None for what is not there."""
+        ...
+
+    def read_ends(self, sizes: Mapping[str, int], num_bytes: int) -> list[bytes | None]:
+        """The last bytes of many files, at once where that helps; None for what is not there.
+
+        Args:
+            sizes: How long each file is taken to be.
+            num_bytes: Bytes of each, or all of one that has no more.
+        """
         ...
 
     def checksum(self, key: str) -> tuple[int, int]:
@@ -114,6 +144,14 @@ class Store(Protocol):
 
     def walk(self, folder: str) -> Iterator[Entry]:
         """All files below a folder, in no order; files being written are left out."""
+        ...
+
+    def unfinished(self) -> Iterator[Entry]:
+        """Files that are being written, or whose writer died; `walk` leaves them out."""
+        ...
+
+    def prune(self, folder: str) -> None:
+        """Remove the folders at and below `folder` that hold nothing, then those above."""
         ...
 
     def stage(self, folder: str) -> Path:
@@ -178,6 +216,11 @@ class LocalStore:
         """The folder's path as it was given."""
         return str(self.root)
 
+    @property
+    def writes_late(self) -> bool:
+        """A system call has ended."""
+        return False
+
     def read(self, key: str) -> bytes:
         """Contents of a file."""
         try:
@@ -188,6 +231,10 @@ class LocalStore:
     def read_many(self, keys: Iterable[str]) -> list[bytes | None]:
         """Contents of many files, one by one."""
         return [self._read_or_none(key) for key in keys]
+
+    def read_ends(self, sizes: Mapping[str, int], num_bytes: int) -> list[bytes | None]:
+        """The last bytes of many files, one by one."""
+        return [self._end_or_none(key, max(0, n - num_bytes), n) for key, n in sizes.items()]
 
     def checksum(self, key: str) -> tuple[int, int]:
         """Size and crc32c of a file."""
@@ -259,6 +306,23 @@ class LocalStore:
                 continue
             yield Entry(key=key, num_bytes=stat.st_size, modified=stat.st_mtime)
 
+    def unfinished(self) -> Iterator[Entry]:
+        """All files with the names that atomic writes give them first."""
+        for parent, _, names in os.walk(self.root):
+            for path in (Path(parent, name) for name in names if is_temporary(name)):
+                with contextlib.suppress(FileNotFoundError):  # finished since it was listed
+                    stat = path.stat()
+                    key = path.relative_to(self.root).as_posix()
+                    yield Entry(key=key, num_bytes=stat.st_size, modified=stat.st_mtime)
+
+    def prune(self, folder: str) -> None:
+        """Remove empty folders, the lowest first; never the root."""
+        below = [Path(parent) for parent, _, _ in os.walk(self.root / folder, topdown=False)]
+        above = [self.root / parent for parent in PurePosixPath(folder).parents]
+        for path in (*below, *above[:-1]):
+            with contextlib.suppress(OSError):  # not empty, or gone
+                path.rmdir()
+
     def stage(self, folder: str) -> Path:
         """The folder itself: what no commit names is not part of the cache."""
         path = self.root / folder
@@ -282,5 +346,12 @@ class LocalStore:
     def _read_or_none(self, key: str) -> bytes | None:
         try:
             return self.read(key)
+        except FileNotFoundError:
+            return None
+
+    def _end_or_none(self, key: str, start: int, stop: int) -> bytes | None:
+        try:
+            with (self.root / key).open("rb") as file:
+                return os.pread(file.fileno(), stop - start, start)
         except FileNotFoundError:
             return None

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kdhiera.addresses import expand_braces
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.expected import expected_shards, shard_records
 from kdhiera.cache.fingerprint import (
@@ -26,7 +27,7 @@ from kdhiera.cache.info_text import some
 from kdhiera.cache.layout import CACHE_FILE, PartId, column_id
 from kdhiera.cache.records import PartCommits
 from kdhiera.config import RunConfig
-from kdhiera.data.shards import expand, expand_braces
+from kdhiera.data.patterns import expand
 from kdhiera.errors import ExitCode, UsageError
 from kdhiera.progress import counted
 from kdhiera.stores import open_store

@@ -14,8 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.expected import expect_shard
-from kdhiera.cache.layout import PartId
+from kdhiera.cache.expected import expect_shards
 from kdhiera.config import RunConfig
 from kdhiera.data.shards import ShardIndex
 from kdhiera.errors import BadDataError, IncompleteError, UsageError
@@ -88,12 +87,13 @@ class ExtractSummary:
         ]
         if total:
             share = 100 * good / total
+            times = self.dense_bytes / max(self.num_bytes, 1)
+            smaller = f"; {times:.1f} times smaller than dense fp16" if times else ""
             lines.append(f"coverage  {good} of {total} clips good ({share:.1f} %)")
             lines += [f"          {n} {s}" for s, n in sorted(self.rows.items()) if s != "ok"]
             lines.append(
                 f"size      {human_bytes(self.num_bytes)}, "
-                f"{human_bytes(self.num_bytes / max(good, 1))} a clip, pixels included; "
-                f"{self.dense_bytes / max(self.num_bytes, 1):.1f} times smaller than dense fp16"
+                f"{human_bytes(self.num_bytes / max(good, 1))} a clip, pixels included{smaller}"
             )
         lines += [f"problem   {p}" for p in self.problems]
         lines += [f"failed    {f}" for f in self.failed]
@@ -150,6 +150,7 @@ def extract(
         cache = _open(config, identities)
         if plan.probe:
             probe_versions(config, cache, num_rows=plan.probe)
+        expect_shards(cache, {shard.shard_id: shard.path for shard in shards.found})
         failed = _work(config, cache, plan, progress)
     rows, num_bytes, dense_bytes = _committed(config, cache, shards.found)
     summary = ExtractSummary(
@@ -187,8 +188,6 @@ def _work(config: RunConfig, cache: Cache, plan: ExtractPlan, progress: Progress
     """Do what is planned; returns what was given up, in words."""
     if not plan.parts:
         return []
-    for shard in {task.shard.shard_id: task.shard for task in plan.parts}.values():
-        expect_shard(cache, shard.shard_id, path=shard.path)
     total = plan.num_clips + (plan.bases.num_rows if plan.bases else 0)
     bar = progress.start("extract", total, "clips")
     shown = before = 0
@@ -222,16 +221,14 @@ def _committed(
     rows: collections.Counter[str] = collections.Counter()
     num_bytes = dense_bytes = 0
     tokens = config.clip.grid.num_units * TOKENS_PER_UNIT
-    for view in range(config.views.num if cache else 0):
-        for shard in shards:
-            assert cache is not None
-            found = cache.part_commits(PartId(shard_id=shard.shard_id, view=view))
-            if found is None:
-                continue
-            wanted = [c for name, c in found.columns.items() if name in columns]
-            rows.update(found.base.statuses)
-            num_bytes += found.base.num_bytes + sum(c.num_bytes for c in wanted)
-            dense_bytes += sum(2 * found.base.array_rows * tokens * c.width for c in wanted)
+    found = cache.commits({shard.shard_id for shard in shards}) if cache else {}
+    for part, commits in found.items():
+        if part.view >= config.views.num:
+            continue
+        wanted = [c for name, c in commits.columns.items() if name in columns]
+        rows.update(commits.base.statuses)
+        num_bytes += commits.base.num_bytes + sum(c.num_bytes for c in wanted)
+        dense_bytes += sum(2 * commits.base.array_rows * tokens * c.width for c in wanted)
     return rows, num_bytes, dense_bytes
 
 

@@ -174,7 +174,7 @@ def _plan_recompute(config: RunConfig, url: str) -> _Recompute | None:
         UsageError: If a shard or the weights of a teacher are not there.
         MismatchError: If the config is not the cache's.
     """
-    from kdhiera.data.shards import expand
+    from kdhiera.data.patterns import expand
     from kdhiera.stages.extract_plan import identify
 
     expand(config.data.shards)

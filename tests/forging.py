@@ -8,6 +8,7 @@ import google_crc32c
 
 from kdhiera.cache.layout import PartId, commit_file, commit_folder
 from kdhiera.cache.records import seal, unseal
+from kdhiera.cache.writer import file_ends
 
 
 def body_of(root: Path, part: PartId, column: str | None) -> dict[str, Any]:
@@ -27,6 +28,8 @@ def forge(root: Path, part: PartId, column: str | None, **fields: Any) -> None:
     for name in body["files"]:
         data = (folder / name).read_bytes()
         body["files"][name] = [len(data), google_crc32c.value(data)]
+    ends = file_ends(folder)
+    body["ends"] = {name: ends[name] for name in body["ends"]}
     (root / commit_file(part, column)).write_bytes(seal(body))
     if column is None:
         _bind_columns(root, part)

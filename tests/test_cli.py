@@ -23,6 +23,8 @@ COMMANDS = [
     ["cache", "diff"],
     ["cache", "ls"],
     ["cache", "drop"],
+    ["cache", "gc"],
+    ["cache", "bench-encodings"],
 ]
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 

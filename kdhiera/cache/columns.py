@@ -1,8 +1,8 @@
 """Columns of a cache: what each one is, and the basis that its encoding may need.
 
-    columns/<column>/column.json    identity; whoever comes first makes it
-    columns/<column>/basis.npz      made once, before the first part; every part's commit
-                                    names its sha256
+    columns/<column>/column.json              identity; whoever comes first makes it
+    columns/<column>/basis-<fingerprint>.npz  made once, before the first part; every part's
+                                              commit names its sha256
 
 A column without `column.json` does not exist: commits of it that were left behind (it was
 dropped meanwhile) are not seen.
@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from kdhiera.cache.fingerprint import Identity, differences, fingerprint, table
 from kdhiera.cache.layout import COLUMNS, basis_file, column_file, parse_column
 from kdhiera.cache.records import seal, unseal
-from kdhiera.errors import DamagedError, MismatchError
+from kdhiera.errors import DamagedError, KdhieraError, MismatchError
 from kdhiera.stores import Store
 
 if TYPE_CHECKING:
     from kdhiera.cache.compact import Basis
     from kdhiera.cache.encoding import Codec
+
+_KIND = "column identity"
 
 
 class Columns:
@@ -54,13 +56,13 @@ class Columns:
             "then `kdhiera extract-teachers CONFIG`"
         )
         try:
-            body = unseal(self._store.read(path), f"{self._store.url}/{path}")
+            data = self._store.read(path)
+            body = unseal(data, f"{self._store.url}/{path}", kinds=(_KIND,))
         except FileNotFoundError:
             return None
         except DamagedError as error:
             raise DamagedError(f"{error}. {way_out}") from None
-        its_own = (body.get("kind"), body.get("column")) == ("column", column)
-        if not its_own or body["fingerprint"] != fingerprint(body["identity"]):
+        if body["column"] != column or body["fingerprint"] != fingerprint(body["identity"]):
             raise DamagedError(
                 f"{self._store.url}/{path} is not the record of column {column}. {way_out}"
             )
@@ -84,7 +86,7 @@ class Columns:
         """
         if not self._store.exists(column_file(column)):
             body = {
-                "kind": "column",
+                "kind": _KIND,
                 "column": column,
                 "identity": identity,
                 "fingerprint": fingerprint(identity),
@@ -144,28 +146,43 @@ class Columns:
         return known is not None and Columns(self._store).fingerprint(column) == known
 
     def publish_basis(self, column: str, data: bytes) -> None:
-        """Store a column's basis unless there is one; whoever comes first decides."""
-        self._store.create(basis_file(column), data)
+        """Store a column's basis unless there is one; whoever comes first decides.
+
+        Raises:
+            KdhieraError: If the column was removed meanwhile.
+        """
+        key = self.basis_key(column)
+        if key is None:
+            raise KdhieraError(
+                f"column {column} was removed from the cache in {self._store.url} while its basis "
+                "was being made; run the same command again"
+            )
+        self._store.create(key, data)
 
     def has_basis(self, column: str) -> bool:
         """Whether the column's basis is stored."""
-        return self._store.exists(basis_file(column))
+        key = self.basis_key(column)
+        return key is not None and self._store.exists(key)
 
     def basis_key(self, column: str) -> str | None:
         """File of a column's basis, whether or not it is there; None for an unknown column."""
-        return None if self.fingerprint(column) is None else basis_file(column)
+        known = self.fingerprint(column)
+        return None if known is None else basis_file(column, known)
 
     def basis(self, column: str) -> Basis | None:
         """A column's basis, or None if there is none.
 
         Raises:
-            DamagedError: If it cannot be read.
+            DamagedError: If it cannot be read, or has changed since it was read first.
         """
         from kdhiera.cache.encoding import basis_from_npz  # torch: not needed to list a cache
 
         data = self._read_basis(column)
         if data is None:
             return None
+        sha256 = hashlib.sha256(data).hexdigest()
+        if self._bases.setdefault(column, sha256) != sha256:
+            raise self._bad_basis(column, "it has changed since it was read first")
         try:
             return basis_from_npz(data)
         except ValueError as error:
@@ -179,6 +196,16 @@ class Columns:
                 return None
             self._bases[column] = hashlib.sha256(data).hexdigest()
         return self._bases[column]
+
+    def same_basis(self, column: str, sha256: str | None) -> bool:
+        """Whether the column's basis is stored now and is the one that was read.
+
+        Args:
+            column: Column id.
+            sha256: Of what was read; None if its encoding needs none.
+        """
+        data = None if sha256 is None else self._read_basis(column)
+        return (None if data is None else hashlib.sha256(data).hexdigest()) == sha256
 
     def check_basis(self, column: str, sha256: str | None) -> None:
         """Refuse a basis that is not the one a part was encoded with.
@@ -199,21 +226,29 @@ class Columns:
         Args:
             column: Column id.
             width: Channels.
-        """
-        from kdhiera.cache.encoding import make_codec
 
-        return make_codec(parse_column(column).encoding, width=width, basis=self.basis(column))
+        Raises:
+            DamagedError: If it needs a basis that is missing or damaged.
+        """
+        from kdhiera.cache.encoding import NEEDS_BASIS, make_codec
+
+        encoding = parse_column(column).encoding
+        basis = self.basis(column)
+        if basis is None and encoding in NEEDS_BASIS:
+            raise self._bad_basis(column, "it is not there")
+        return make_codec(encoding, width=width, basis=basis)
 
     def _read_basis(self, column: str) -> bytes | None:
+        key = self.basis_key(column)
         try:
-            return self._store.read(basis_file(column))
+            return None if key is None else self._store.read(key)
         except FileNotFoundError:
             return None
 
     def _bad_basis(self, column: str, what: str) -> DamagedError:
         url = self._store.url
         return DamagedError(
-            f"{url}/{basis_file(column)} is missing or damaged: {what}. Restore it from a copy, or "
-            f"run `kdhiera cache verify {url} --repair` and `kdhiera extract-teachers CONFIG` to "
-            "make the column anew"
+            f"{url}/{self.basis_key(column)} is missing or damaged: {what}. Restore it from a "
+            f"copy, or run `kdhiera cache verify {url} --repair` and `kdhiera extract-teachers "
+            "CONFIG` to make the column anew"
         )

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from kdhiera.cache.layout import (
     CACHE_FILE,
     COLUMNS,
     COMMITS,
+    END_BYTES,
     FORMAT,
     PARTS,
     SHARDS,
@@ -43,6 +44,7 @@ from kdhiera.cache.layout import (
     is_chunk_file,
 )
 from kdhiera.cache.records import (
+    COMMIT_KINDS,
     BaseCommit,
     ColumnCommit,
     Commit,
@@ -59,7 +61,8 @@ from kdhiera.grid import Grid
 from kdhiera.masking import MaskPlan, MaskSpec
 from kdhiera.stores import Store, open_store
 
-_LISTING_THREADS = 8
+_READING_THREADS = 8
+_READ_TOGETHER = 256
 _VIEW = re.compile(r"0|[1-9]\d*")
 _RECORD = re.compile(rf"{COMMITS}/[^/]+/({_VIEW.pattern})/[^/]+\.json")
 
@@ -102,7 +105,8 @@ class Cache:
         if not store.exists(CACHE_FILE):
             if Path(str(url)).is_file():
                 raise UsageError(f"{url} is a file: set cache.dir to a folder")
-            if store.names("") and not _made_for(store, fingerprint(identity)):
+            taken = store.names("") and not store.exists(CACHE_FILE)  # another run's comes first
+            if taken and not _made_for(store, fingerprint(identity)):
                 raise UsageError(
                     f"{url} holds files but no cache, nor commits that this config would have "
                     "made: set cache.dir to a new or empty folder"
@@ -132,7 +136,7 @@ class Cache:
         """
         store = open_store(url)
         try:
-            body = unseal(store.read(CACHE_FILE), f"{url}/{CACHE_FILE}")
+            body = unseal(store.read(CACHE_FILE), f"{url}/{CACHE_FILE}", kinds=("cache",))
         except FileNotFoundError:
             raise UsageError(
                 f"no cache in {url}: run `kdhiera extract-teachers CONFIG` to make it, or set "
@@ -140,10 +144,6 @@ class Cache:
             ) from None
         except DamagedError as error:
             raise DamagedError(f"{error}. {restoring(url)}") from None
-        if body.get("kind") != "cache":
-            raise DamagedError(
-                f"{url}/{CACHE_FILE} is not the identity of a cache. {restoring(url)}"
-            )
         _check_format(url, body["identity"].get("format"))
         if body["fingerprint"] != fingerprint(body["identity"]):
             raise DamagedError(
@@ -227,14 +227,16 @@ class Cache:
         """
         folder = commit_folder(part)
         keys = [f"{folder}/{n}" for n in self.store.names(folder) if n.endswith(".json")]
-        return self._parse(part, keys)
+        return self._together(part, self._read_some(keys))
 
     def sources(self, shard_id: str) -> list[SourceInfo]:
         """Shard that each committed view of `shard_id` was made from."""
         names = self.store.names(f"{COMMITS}/{shard_id}")
         views = sorted(int(name) for name in names if _VIEW.fullmatch(name))
-        found = (self.part_commits(PartId(shard_id=shard_id, view=view)) for view in views)
-        return [commits.base.source for commits in found if commits is not None]
+        keys = [commit_file(PartId(shard_id=shard_id, view=view), None) for view in views]
+        found = zip(keys, self.store.read_many(keys), strict=True)
+        bases = [self._parse_record(key, data) for key, data in found if data is not None]
+        return [base.source for base in bases if isinstance(base, BaseCommit)]
 
     def missing(self, part: PartId, columns: Sequence[str]) -> Missing:
         """What of a part is not committed yet.
@@ -250,16 +252,45 @@ class Cache:
 
     def records(self) -> dict[PartId, list[str]]:
         """Keys of all commit records there are, by part, in sorted order."""
-        keys = [e.key for e in self.store.walk(COMMITS) if _RECORD.fullmatch(e.key)]
-        split = sorted((_part_of(key), key) for key in keys)
-        return {p: [key for _, key in g] for p, g in groupby(split, key=lambda item: item[0])}
+        folders: dict[str, list[str]] = {}
+        for entry in self.store.walk(COMMITS):
+            if _RECORD.fullmatch(entry.key):
+                folders.setdefault(entry.key.rpartition("/")[0], []).append(entry.key)
+        found = {_part_of(keys[0]): sorted(keys) for keys in folders.values()}
+        return {part: found[part] for part in sorted(found)}
 
-    def commits(self) -> dict[PartId, PartCommits]:
-        """Everything that is committed now, in sorted order of parts."""
-        records = self.records()
-        with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-            read = pool.map(self._parse, records, records.values())
-            return {p: c for p, c in zip(records, read, strict=True) if c is not None}
+    def commits(self, shards: Collection[str] | None = None) -> dict[PartId, PartCommits]:
+        """Everything that is committed now, in sorted order of parts.
+
+        One listing, and each record read once.
+
+        Args:
+            shards: Shard ids to look at; None looks at all.
+        """
+        wanted = None if shards is None else frozenset(shards)
+        records = {
+            part: keys
+            for part, keys in self.records().items()
+            if wanted is None or part.shard_id in wanted
+        }
+        read = self.read_commits([key for keys in records.values() for key in keys])
+        together = {
+            part: self._together(part, islice(read, len(records[part]))) for part in records
+        }
+        return {part: commits for part, commits in together.items() if commits is not None}
+
+    def read_commits(self, keys: Sequence[str]) -> Iterator[Commit | None]:
+        """Many commit records, in the order of their keys.
+
+        Returns:
+            None for one that is gone, or of a column that the cache does not know (any more).
+
+        Raises:
+            DamagedError: If one is damaged, of another part, or made under another identity.
+        """
+        pieces = [keys[i : i + _READ_TOGETHER] for i in range(0, len(keys), _READ_TOGETHER)]
+        with ThreadPoolExecutor(_READING_THREADS) as pool:
+            yield from chain.from_iterable(pool.map(self._read_some, pieces))
 
     def read_commit(self, key: str) -> Commit | None:
         """One commit record; None for a column that the cache does not know (any more).
@@ -267,13 +298,7 @@ class Cache:
         Raises:
             DamagedError: If it is damaged, of another part, or made under another identity.
         """
-        part = _part_of(key)
-        data = self.store.read(key)
-        try:
-            commit, made_under = parse_commit(data, f"{self.url}/{key}")
-        except DamagedError as error:
-            raise self.damaged(part, str(error)) from None
-        return self._checked(part, key, commit, made_under)
+        return self._parse_record(key, self.store.read(key))
 
     def read_record(self, commit: Commit) -> dict[str, Any]:
         """Body of a commit record, with its list of files.
@@ -285,63 +310,73 @@ class Cache:
         try:
             data = self.store.read(key)
         except FileNotFoundError:
-            raise self.damaged(commit.part, f"its commit record {key} is gone") from None
+            raise self._removed(commit) from None
         if hashlib.sha256(data).hexdigest() != commit.sha256:
             raise self.damaged(commit.part, f"{key} has changed since the cache was opened")
         return unseal(data, f"{self.url}/{key}")
+
+    def named_files(self, part: PartId) -> set[str]:
+        """Keys of all files that any record of a part names, whatever else is wrong with it.
+
+        Raises:
+            DamagedError: If a record is damaged, or of another part.
+        """
+        folder = commit_folder(part)
+        keys = [f"{folder}/{name}" for name in self.store.names(folder)]
+        named: set[str] = set()
+        for key, data in zip(keys, self.store.read_many(keys), strict=True):
+            if data is None:  # dropped since it was listed
+                continue
+            body = unseal(data, f"{self.url}/{key}", kinds=COMMIT_KINDS)
+            if (body["shard_id"], body["view"]) != (part.shard_id, part.view):
+                raise DamagedError(f"{self.url}/{key} is the record of another part")
+            attempt = attempt_folder(part, body["attempt"])
+            named.update(f"{attempt}/{name}" for name in body["files"])
+        return named
 
     def folder(self, commit: Commit) -> str:
         """Folder of the attempt that a commit names."""
         return attempt_folder(commit.part, commit.attempt)
 
-    def check_files(self, *commits: Commit, contents: bool = False) -> None:
+    def check_files(self, *commits: Commit) -> None:
         """Check the files of bases or columns: all sizes, and contents of all but chunks.
 
-        Chunks carry checksums of their own, checked whenever one is read.
+        Chunks carry checksums of their own, checked whenever one is read. Of a file of chunks
+        the end is checked: it tells one such file from another of the same size.
 
         Args:
             *commits: Of one part.
-            contents: Check the contents of chunk files as well.
 
         Raises:
             DamagedError: Naming the part and the first file that is wrong.
         """
-        for problem in self.file_problems(*commits, contents=contents):
-            raise self.damaged(commits[0].part, problem.what)
-
-    def file_problems(self, *commits: Commit, contents: bool) -> Iterator[FileProblem]:
-        """Every file of bases or columns of one part that is missing or wrong.
-
-        Args:
-            *commits: Of one part.
-            contents: Check the contents of chunk files as well.
-        """
-        wanted: dict[str, tuple[tuple[int, int], list[Commit]]] = {}
+        wanted: dict[str, tuple[int, int]] = {}
+        ends: dict[str, int] = {}
         for commit in commits:
-            for name, entry in self.read_record(commit)["files"].items():
-                key = f"{self.folder(commit)}/{name}"
-                wanted.setdefault(key, (tuple(entry), []))[1].append(commit)
+            record, folder = self.read_record(commit), self.folder(commit)
+            wanted |= {f"{folder}/{n}": (size, c) for n, (size, c) in record["files"].items()}
+            ends |= {f"{folder}/{name}": crc32 for name, crc32 in record["ends"].items()}
         folders = {self.folder(commit) for commit in commits}
         found = {e.key: e.num_bytes for folder in folders for e in self.store.walk(folder)}
-        small: list[str] = []
-        chunks: list[str] = []  # large: read one at a time
-        for key, ((size, _), owners) in wanted.items():
-            path = f"{self.url}/{key}"
+        for key, what in self._wrong_files(wanted, ends, found):
+            raise self.unreadable(commits, f"{self.url}/{key} {what}")
+
+    def _wrong_files(
+        self, wanted: Mapping[str, tuple[int, int]], ends: Mapping[str, int], found: dict[str, int]
+    ) -> Iterator[tuple[str, str]]:
+        for key, (size, _) in wanted.items():
             if key not in found:
-                yield FileProblem(what=f"{path} is missing", key=key, commits=tuple(owners))
+                yield key, "is missing"
             elif found[key] != size:
-                what = f"{path} has {found[key]:,} bytes and was written with {size:,}"
-                yield FileProblem(what=what, key=key, commits=tuple(owners))
-            elif not is_chunk_file(key):
-                small.append(key)
-            elif contents:
-                chunks.append(key)
-        for keys in (small, *([key] for key in chunks)):
-            for key, data in zip(keys, self.store.read_many(keys), strict=True):
-                (_, crc32c), owners = wanted[key]
-                if data is None or google_crc32c.value(data) != crc32c:
-                    what = f"{self.url}/{key} does not match its checksum"
-                    yield FileProblem(what=what, key=key, commits=tuple(owners))
+                yield key, f"has {found[key]:,} bytes and was written with {size:,}"
+        whole = [key for key in wanted if not is_chunk_file(key)]
+        for key, data in zip(whole, self.store.read_many(whole), strict=True):
+            if data is None or google_crc32c.value(data) != wanted[key][1]:
+                yield key, "does not match its checksum"
+        sizes = {key: wanted[key][0] for key in ends}
+        for key, data in zip(ends, self.store.read_ends(sizes, END_BYTES), strict=True):
+            if data is None or zlib.crc32(data) != ends[key]:
+                yield key, "does not match its checksum"
 
     def read_file(self, commit: Commit, name: str) -> bytes:
         """Contents of one file of a base or column, checked.
@@ -357,7 +392,7 @@ class Cache:
         try:
             data = self.store.read(key)
         except FileNotFoundError:
-            raise self.damaged(commit.part, f"{self.url}/{key} is missing") from None
+            raise self.unreadable([commit], f"{self.url}/{key} is missing") from None
         if [len(data), google_crc32c.value(data)] != self.read_record(commit)["files"][name]:
             what = f"{self.url}/{key} does not match its checksum"
             raise self.damaged(commit.part, what)
@@ -379,21 +414,40 @@ class Cache:
             "to make it anew"
         )
 
-    def _parse(self, part: PartId, keys: Iterable[str]) -> PartCommits | None:
+    def unreadable(self, commits: Sequence[Commit], what: str) -> DamagedError:
+        """The error for committed bytes of a part that could not be read: why is in the records.
+
+        Args:
+            commits: What was being read, of one part.
+            what: What happened, in words.
+        """
+        for commit in commits:
+            if not self.store.exists(commit_file(commit.part, commit.column)):
+                return self._removed(commit)
+        return self.damaged(commits[0].part, what)
+
+    def _removed(self, commit: Commit) -> DamagedError:
+        what = "the base" if commit.column is None else f"column {commit.column}"
+        return DamagedError(
+            f"{what} of part {commit.part} was removed from the cache in {self.url} after it was "
+            f"opened: {commit_file(commit.part, commit.column)} is gone (`kdhiera cache drop` and "
+            "`kdhiera cache verify --repair` remove records). Run `kdhiera extract-teachers "
+            "CONFIG` to make it anew"
+        )
+
+    def _read_some(self, keys: Sequence[str]) -> list[Commit | None]:
+        found = zip(keys, self.store.read_many(keys), strict=True)
+        return [None if data is None else self._parse_record(key, data) for key, data in found]
+
+    def _together(self, part: PartId, commits: Iterable[Commit | None]) -> PartCommits | None:
+        """What is committed of a part, from all its records; None are left out."""
         base: BaseCommit | None = None
         columns: dict[str, ColumnCommit] = {}
-        for key, data in zip(keys, self.store.read_many(keys), strict=True):
-            if data is None:  # dropped since it was listed
-                continue
-            try:
-                commit, made_under = parse_commit(data, f"{self.url}/{key}")
-            except DamagedError as error:
-                raise self.damaged(part, str(error)) from None
-            known = self._checked(part, key, commit, made_under)
-            if isinstance(known, BaseCommit):
-                base = known
-            elif known is not None:
-                columns[known.column] = known
+        for commit in commits:
+            if isinstance(commit, BaseCommit):
+                base = commit
+            elif commit is not None:
+                columns[commit.column] = commit
         if base is None:
             if columns:
                 raise self.damaged(part, f"columns {', '.join(columns)} have no base record")
@@ -403,6 +457,14 @@ class Cache:
                 raise self.damaged(part, f"column {column.column} belongs to another base record")
             self.columns.check_basis(column.column, column.basis_sha256)
         return PartCommits(base=base, columns=columns)
+
+    def _parse_record(self, key: str, data: bytes) -> Commit | None:
+        part = _part_of(key)
+        try:
+            commit, made_under = parse_commit(data, f"{self.url}/{key}")
+        except DamagedError as error:
+            raise self.damaged(part, str(error)) from None
+        return self._checked(part, key, commit, made_under)
 
     def _checked(self, part: PartId, key: str, commit: Commit, made_under: str) -> Commit | None:
         if commit.part != part or key != commit_file(part, commit.column):
@@ -416,21 +478,6 @@ class Cache:
         if made_under != wanted:
             raise self.damaged(part, f"{self.url}/{key} was committed under another identity")
         return commit
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileProblem:
-    """A file of a part that is missing or wrong.
-
-    Args:
-        what: In words.
-        key: The file.
-        commits: Base or columns that need it.
-    """
-
-    what: str
-    key: str
-    commits: tuple[Commit, ...]
 
 
 def _part_of(key: str) -> PartId:

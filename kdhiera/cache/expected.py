@@ -8,16 +8,20 @@ without a shard being there.
 
 from __future__ import annotations
 
-import fnmatch
+import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from kdhiera.addresses import matches, redact, scheme_of, without_file_scheme
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.layout import SHARDS, shard_file
-from kdhiera.cache.records import redact, seal, unseal
+from kdhiera.cache.layout import COMMITS, SHARDS, shard_file
+from kdhiera.cache.records import seal, unseal
+from kdhiera.errors import DamagedError
 from kdhiera.stores import Store
+
+ShardRecord = tuple[str, float]  # where it lay, when that was noted
 
 
 def expect_shard(cache: Cache, shard_id: str, *, path: str) -> None:
@@ -26,7 +30,7 @@ def expect_shard(cache: Cache, shard_id: str, *, path: str) -> None:
     Args:
         cache: The cache.
         shard_id: Identity of the shard.
-        path: Where it lies now; the latest word counts.
+        path: Where it lies now, a path or an address; the latest word counts.
     """
     write_shard_record(cache.store, shard_id, path=path, when=time.time())
 
@@ -44,6 +48,25 @@ def write_shard_record(store: Store, shard_id: str, *, path: str, when: float) -
     store.write(shard_file(shard_id), seal(record))
 
 
+def expect_shards(cache: Cache, paths: Mapping[str, str]) -> None:
+    """Note that extraction of some shards has been asked for, where that is news.
+
+    A record that is lost or damaged is written anew.
+
+    Args:
+        cache: The cache.
+        paths: Where every shard lies now, by shard id.
+    """
+    known: dict[str, ShardRecord] = {}
+    for name, data in _stored(cache):
+        with contextlib.suppress(DamagedError):
+            known[name] = _parse(cache, name, data)
+    newest = _newest(known)
+    for shard_id, path in paths.items():
+        if newest.get(_absolute(path)) != shard_id:
+            expect_shard(cache, shard_id, path=path)
+
+
 def expected_shards(cache: Cache, patterns: Sequence[str]) -> frozenset[str]:
     """Shards that were extracted, or meant to be, from where `patterns` point.
 
@@ -51,18 +74,23 @@ def expected_shards(cache: Cache, patterns: Sequence[str]) -> frozenset[str]:
 
     Args:
         cache: The cache.
-        patterns: Paths and globs, braces expanded; the files need not exist.
+        patterns: Paths, addresses and globs, braces expanded; the files need not exist.
 
     Returns:
         Shard ids. If none matches (the shards were extracted elsewhere, or have moved),
         all there are.
+
+    Raises:
+        DamagedError: If a record is damaged, or that of a shard with commits is gone.
     """
-    newest: dict[str, tuple[float, str]] = {}
-    for shard_id, (path, when) in shard_records(cache).items():
-        newest[path] = max(newest.get(path, (0.0, "")), (when, shard_id))
+    records = shard_records(cache)
+    for shard_id in cache.store.names(COMMITS):
+        if shard_id not in records and any(cache.store.walk(f"{COMMITS}/{shard_id}")):
+            raise _damaged(f"{cache.url}/{SHARDS}/{shard_id} is missing")
+    newest = _newest(records)
     wanted = [_absolute(pattern) for pattern in patterns]
-    chosen = {p: i for p, (_, i) in newest.items() if any(_matches(p, w) for w in wanted)}
-    return frozenset((chosen or {p: i for p, (_, i) in newest.items()}).values())
+    chosen = {i for path, i in newest.items() if any(_matches(path, w) for w in wanted)}
+    return frozenset(chosen or newest.values())
 
 
 def shard_ids(cache: Cache) -> frozenset[str]:
@@ -70,25 +98,49 @@ def shard_ids(cache: Cache) -> frozenset[str]:
     return frozenset(cache.store.names(SHARDS))
 
 
-def shard_records(cache: Cache) -> dict[str, tuple[str, float]]:
+def shard_records(cache: Cache) -> dict[str, ShardRecord]:
     """Where every shard that was asked for lay, and when that was noted, by shard id.
 
     Raises:
         DamagedError: If a record is damaged.
     """
+    return {name: _parse(cache, name, data) for name, data in _stored(cache)}
+
+
+def _stored(cache: Cache) -> Iterator[tuple[str, bytes]]:
     names = cache.store.names(SHARDS)
     found = cache.store.read_many(f"{SHARDS}/{name}" for name in names)
-    records = {
-        name: unseal(data, f"{cache.url}/{SHARDS}/{name}")
-        for name, data in zip(names, found, strict=True)
-        if data is not None
-    }
-    return {name: (record["path"], record["time"]) for name, record in records.items()}
+    return ((n, data) for n, data in zip(names, found, strict=True) if data is not None)
+
+
+def _newest(records: Mapping[str, ShardRecord]) -> dict[str, str]:
+    """The shard that was last seen under every path."""
+    newest: dict[str, tuple[float, str]] = {}
+    for shard_id, (path, when) in records.items():
+        newest[path] = max(newest.get(path, (0.0, "")), (when, shard_id))
+    return {path: shard_id for path, (_, shard_id) in newest.items()}
+
+
+def _parse(cache: Cache, shard_id: str, data: bytes) -> ShardRecord:
+    path = f"{cache.url}/{SHARDS}/{shard_id}"
+    try:
+        record = unseal(data, path, kinds=("shard",))
+    except DamagedError as error:
+        raise _damaged(str(error)) from None
+    if record["shard_id"] != shard_id:
+        raise _damaged(f"{path} is damaged: it is the record of {record['shard_id']}")
+    return record["path"], record["time"]
+
+
+def _damaged(what: str) -> DamagedError:
+    return DamagedError(f"{what}. Run `kdhiera extract-teachers CONFIG`, which writes it anew")
 
 
 def _absolute(path: str) -> str:
-    return redact(path) if "://" in path else os.path.abspath(path)
+    if scheme_of(path) in ("", "file:"):
+        return os.path.abspath(without_file_scheme(path))
+    return redact(path)
 
 
 def _matches(path: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(path, pattern) or Path(path) == Path(pattern)
+    return matches(path, pattern) or Path(path) == Path(pattern)

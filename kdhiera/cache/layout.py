@@ -3,9 +3,9 @@
     CACHE/
       cache.json                                    identity of the base
       columns/<column>/column.json                  identity of a column
-      columns/<column>/basis.npz                    what it needs before its first part
+      columns/<column>/basis-<fingerprint>.npz      what it needs before its first part
       parts/<shard-id>/<view>/<attempt>/            what one attempt wrote
-          attempt.json                              when it began, its lease
+          attempt.json                              when it began, its lease; whether it ended
           rows.parquet                              one row per sample, good or bad
           base.zarr/     units scores pixels
           targets.zarr/  <teacher>/<layer>.<encoding>/  codes [scale] status
@@ -20,7 +20,10 @@ by side, in the cache and inside a part.
 
 from __future__ import annotations
 
+import calendar
 import re
+import secrets
+import time
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -31,7 +34,11 @@ from kdhiera.grid import TUBELET_FRAMES, UNIT_PX, Grid
 FORMAT = 1
 ZARR_SHARD_ROWS = 128
 ZARR_SHARD_BYTES = 256 * 10**6
+END_BYTES = 4096  # of a chunk file: the index of a Zarr shard and the crc32c of its last chunk
+SMALL_ROW_BYTES = 4096
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_ATTEMPT = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{12}")
+_STAMP = "%Y%m%dT%H%M%SZ"
 
 
 class ColumnStatus(IntEnum):
@@ -84,16 +91,20 @@ class ArraySpec:
         shape: Shape of one row.
         dtype: NumPy name of the type.
         axes: Names of all axes, rows included.
-        row_chunks: Whether a row is a chunk of its own, read alone; otherwise an array
-            is small and chunked by the thousand rows.
+        flags: Whether a row is no more than a flag, and chunks hold a thousand of them.
         order: Order in which the axes of a chunk are stored, rows included; None is theirs.
+        compression_level: Of Blosc's zstd, 1 to 9.
+        block_bytes: Bytes that Blosc compresses at a time, a row by default: smaller and faster
+            than Blosc's own choice.
     """
 
     shape: tuple[int, ...]
     dtype: str
     axes: tuple[str, ...]
-    row_chunks: bool = True
+    flags: bool = False
     order: tuple[int, ...] | None = None
+    compression_level: int = 1
+    block_bytes: int = 2**20
 
     @property
     def row_bytes(self) -> int:
@@ -101,9 +112,17 @@ class ArraySpec:
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
     @property
+    def row_chunks(self) -> bool:
+        """Whether a row is a chunk of its own, read alone; small rows share one, read once.
+
+        A chunk costs its reader as much time as some kB of its content.
+        """
+        return not self.flags and self.row_bytes > SMALL_ROW_BYTES
+
+    @property
     def block_rows(self) -> int:
-        """Rows of a Zarr shard: up to 128 and 256 MB; written whole, once."""
-        if not self.row_chunks:
+        """Rows of a file (a Zarr shard, or one chunk): up to 128 and 256 MB; written once."""
+        if self.flags:
             return 1024
         return max(1, min(ZARR_SHARD_ROWS, ZARR_SHARD_BYTES // max(1, self.row_bytes)))
 
@@ -139,6 +158,7 @@ def column_group(column: str) -> str:
 
 
 CACHE_FILE = "cache.json"  # identity of the base
+ATTEMPT_FILE = "attempt.json"  # of one attempt; named by no commit
 CACHE_ASIDE = "cache.json.damaged"  # where repair puts one that cannot be believed
 COLUMNS = "columns"  # holds a folder for every column
 COMMITS = "commits"  # holds all commit points
@@ -156,9 +176,15 @@ def column_file(column: str) -> str:
     return f"{column_folder(column)}/column.json"
 
 
-def basis_file(column: str) -> str:
-    """What a column needs before its first part."""
-    return f"{column_folder(column)}/basis.npz"
+def basis_file(column: str, fingerprint: str) -> str:
+    """What a column needs before its first part.
+
+    Args:
+        column: Column id.
+        fingerprint: Of the column's identity: a basis never serves a column that was made
+            anew in another way.
+    """
+    return f"{column_folder(column)}/basis-{fingerprint[:12]}.npz"
 
 
 def commit_folder(part: PartId) -> str:
@@ -184,6 +210,29 @@ def part_folder(part: PartId) -> str:
 def attempt_folder(part: PartId, attempt: str) -> str:
     """What one attempt at a part wrote."""
     return f"{part_folder(part)}/{attempt}"
+
+
+def new_attempt(began: float) -> str:
+    """Name of a new attempt.
+
+    Args:
+        began: Seconds since 1970.
+    """
+    return f"{time.strftime(_STAMP, time.gmtime(began))}-{secrets.token_hex(6)}"
+
+
+def attempt_began(attempt: str) -> float | None:
+    """When an attempt began by its name, in seconds since 1970; None for any other name."""
+    found = _ATTEMPT.fullmatch(attempt)
+    try:
+        return float(calendar.timegm(time.strptime(found[1], _STAMP))) if found else None
+    except ValueError:
+        return None
+
+
+def attempt_file(part: PartId, attempt: str) -> str:
+    """Says when an attempt began, how long it may take, and once it has ended that it has."""
+    return f"{attempt_folder(part, attempt)}/{ATTEMPT_FILE}"
 
 
 def is_chunk_file(file: str) -> bool:
@@ -214,4 +263,4 @@ def base_arrays(grid: Grid, max_kept: int) -> dict[str, ArraySpec]:
     }
 
 
-STATUS = ArraySpec(shape=(), dtype="uint8", axes=("row",), row_chunks=False)
+STATUS = ArraySpec(shape=(), dtype="uint8", axes=("row",), flags=True)

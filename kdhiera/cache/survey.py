@@ -29,6 +29,7 @@ class Record:
         commit: What it says; None if it cannot be believed.
         fingerprint: Identity that it was made under; empty if it cannot be believed.
         files: Size and crc32c of every file that it names, by path inside the attempt.
+        ends: crc32 of how its chunk files end.
         provenance: What made it.
         problem: Why it cannot be believed, in words; empty if nothing is wrong.
     """
@@ -38,6 +39,7 @@ class Record:
     commit: Commit | None
     fingerprint: str
     files: Files
+    ends: Mapping[str, int]
     provenance: Mapping[str, Any]
     problem: str
 
@@ -124,6 +126,7 @@ def _read(cache: Cache, part: PartId, key: str, data: bytes) -> Record:
             commit=None,
             fingerprint="",
             files={},
+            ends={},
             provenance={},
             problem=str(error),
         )
@@ -134,6 +137,7 @@ def _read(cache: Cache, part: PartId, key: str, data: bytes) -> Record:
         commit=commit,
         fingerprint=made_under,
         files=files,
+        ends=body["ends"],
         provenance=body["provenance"],
         problem="",
     )

@@ -11,6 +11,7 @@ import errno
 import os
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from kdhiera.cache.commit import Cache, restoring
 from kdhiera.cache.layout import (
     CACHE_FILE,
     COMMITS,
+    END_BYTES,
     PartId,
     commit_file,
 )
@@ -216,7 +218,7 @@ def _look(cache: Cache, known: _Known, report: _Report, part: PartId) -> _Checke
             problems += _contradictions(cache, known, found, record)
     return _Checked(
         found=PartRecords(
-            part=part, records=tuple(replace(record, files={}) for record in found.records)
+            part=part, records=tuple(replace(record, files={}, ends={}) for record in found.records)
         ),
         problems=tuple(problems),
         num_files=len(files.owners),
@@ -256,6 +258,7 @@ class _Files:
         self._store = cache.store
         self._report = report
         self.wanted: dict[str, tuple[int, int]] = {}
+        self.ends: dict[str, int] = {}
         self.owners: dict[str, list[Record]] = {}
         self.broken: set[str] = set()
         for record in records:
@@ -264,6 +267,8 @@ class _Files:
                 key = f"{cache.folder(record.commit)}/{name}"
                 self.wanted[key] = entry
                 self.owners.setdefault(key, []).append(record)
+                if name in record.ends:
+                    self.ends[key] = record.ends[name]
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Keys of files that are missing or wrong, with what is wrong."""
@@ -285,7 +290,13 @@ class _Files:
             return f"cannot be read ({os.strerror(error.errno or 0)})"
         if found[0] != size:
             return f"has {found[0]:,} bytes and was written with {size:,}"
-        return "" if found[1] == crc32c else "does not match its checksum"
+        same = found[1] == crc32c and (key not in self.ends or self._ends_right(key, size))
+        return "" if same else "does not match its checksum"
+
+    def _ends_right(self, key: str, size: int) -> bool:
+        """Chunks end in a crc32c, which makes that of their file blind to what they hold."""
+        (end,) = self._store.read_ends({key: size}, END_BYTES)
+        return end is not None and zlib.crc32(end) == self.ends[key]
 
 
 def _contradictions(

@@ -41,6 +41,8 @@ app.add_typer(
             "kdhiera cache diff configs/demo.yaml views.num=3",
             "kdhiera cache ls caches",
             "kdhiera cache drop caches/demo image.9.int8",
+            "kdhiera cache gc caches/demo --yes",
+            "kdhiera cache bench-encodings configs/demo.yaml",
         ),
     ),
 )

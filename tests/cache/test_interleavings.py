@@ -1,24 +1,36 @@
-"""Two attempts at one part whose rows differ, in every order of their publications."""
+"""Attempts at one part, in every order of their publications, with a reader in between."""
 
 import itertools
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_cache import COLUMNS, Content, assert_holds, begin, content, fill, make_cache, write_part
+from tiny_cache import (
+    COLUMNS,
+    Content,
+    assert_holds,
+    begin,
+    content,
+    fill,
+    gc,
+    make_cache,
+    write_part,
+)
+from turns import SteppedStore, Turns, run_in_turns
 
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.layout import PartId
+from kdhiera.cache.layout import PartId, commit_folder
 from kdhiera.cache.reader import CacheReader
-from kdhiera.stores import LocalStore
+from kdhiera.cache.verify import verify
 from kdhiera.views import RowStatus
 
 PART = PartId(shard_id="a-0", view=0)
-WHOLE = content(PART, 5)
-ORDERS = sorted(set(itertools.permutations("AAABBB")))
+WHOLE = content(PART, 4)
+
+
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 def without(what: Content, lost: int) -> Content:
@@ -51,98 +63,109 @@ def without(what: Content, lost: int) -> Content:
 
 
 SHORT = without(WHOLE, 2)
+PUBLISH = [("create", commit_folder(PART))]
 
 
-class Turns:
-    """Lets two threads go one step at a time, in a given order; the last one goes freely."""
-
-    def __init__(self, order: Sequence[str]) -> None:
-        self._order = list(order)
-        self._ended: set[str] = set()
-        self._changed = threading.Condition()
-
-    def wait(self, name: str) -> None:
-        with self._changed:
-            assert self._changed.wait_for(lambda: self._next() in (None, name), timeout=60)
-
-    def done(self) -> None:
-        with self._changed:
-            if self._order:
-                self._order.pop(0)
-            self._changed.notify_all()
-
-    def end(self, name: str) -> None:
-        with self._changed:
-            self._ended.add(name)
-            self._changed.notify_all()
-
-    def _next(self) -> str | None:
-        while self._order and self._order[0] in self._ended:
-            self._order.pop(0)
-        return self._order[0] if self._order else None
+def orders(steps: str) -> list[tuple[str, ...]]:
+    return sorted(set(itertools.permutations(steps)))
 
 
-class SteppedStore(LocalStore):
-    """Publishes when it is its turn."""
-
-    def __init__(self, root: Path, name: str, turns: Turns) -> None:
-        super().__init__(root)
-        self._name, self._turns = name, turns
-
-    def create(self, key: str, data: bytes) -> bool:
-        self._turns.wait(self._name)
-        try:
-            return super().create(key, data)
-        finally:
-            self._turns.done()
-
-
-def run(root: Path, name: str, what: Content, turns: Turns, other: Content) -> None:
-    """What an actor does: an attempt, and the winner's rows again where they differ."""
+def stepped(root: Path, name: str, turns: Turns, steps: Sequence[tuple[str, str]]) -> Cache:
     cache = make_cache(root)
-    cache.store = SteppedStore(root, name, turns)
-    try:
-        with begin(cache, PART) as attempt:
-            fill(attempt, what)
-            result = attempt.commit()
-        if result.replay_needed:
-            found = cache.part_commits(PART)
-            assert found is not None
-            write_part(cache, PART, other, cache.missing(PART, COLUMNS).columns, base=found.base)
-    finally:
-        turns.end(name)
+    cache.store = SteppedStore(root, name, turns, steps)
+    return cache
 
 
-@pytest.mark.parametrize("order", ORDERS, ids="".join)
-@pytest.mark.parametrize("second", [SHORT, WHOLE], ids=["other-rows", "same-rows"])
-def test_every_order_of_publications_leaves_one_whole_part(
-    tmp_path: Path, order: Sequence[str], second: Content
+def extract(
+    cache: Cache, what: Content, columns: Sequence[str], winners: Sequence[Content]
 ) -> None:
-    make_cache(tmp_path)
-    turns = Turns(order)
-    errors: list[BaseException] = []
+    """What an actor does: an attempt, and the winner's rows again where they differ."""
+    with begin(cache, PART, columns) as attempt:
+        fill(attempt, what, columns)
+        result = attempt.commit()
+    if result.replay_needed:
+        found = cache.part_commits(PART)
+        assert found is not None
+        base = found.base
+        (rows,) = (w for w in winners if len(w.units) == base.array_rows)
+        write_part(cache, PART, rows, cache.missing(PART, columns).columns, base=base)
 
-    def guarded(name: str, what: Content, other: Content) -> None:
-        try:
-            run(tmp_path, name, what, turns, other)
-        except BaseException as error:  # shown by the assertion below
-            errors.append(error)
 
-    threads = [
-        threading.Thread(target=guarded, args=("A", WHOLE, second)),
-        threading.Thread(target=guarded, args=("B", second, WHOLE)),
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not errors
-    cache = Cache.open(tmp_path)
-    found = cache.commits()[PART]
-    winner = WHOLE if found.base.array_rows == len(WHOLE.units) else second
-    assert set(found.columns) == set(COLUMNS)
-    cache.check_files(found.base, *found.columns.values(), contents=True)
-    reader = CacheReader(cache, num_views=1, columns=COLUMNS)
-    assert_holds(reader, {PART: winner})
-    for column in COLUMNS:
-        assert reader.statistics(column).count == len(winner.tokens[column])
+def reading(root: Path, contents: Sequence[Content]) -> Callable[[], None]:
+    """A reader that comes after every publication: what it sees is whole and right."""
+    seen: list[list[str]] = [[]]
+
+    def read() -> None:
+        cache = Cache.open(root)
+        there = cache.store.names(commit_folder(PART))
+        if there == seen[-1]:
+            return
+        seen.append(there)
+        found = cache.part_commits(PART)
+        if found is not None:
+            rows = {len(what.units): what for what in contents}[found.base.array_rows]
+            columns = tuple(found.columns)
+            reader = CacheReader(cache, num_views=1, columns=columns)
+            assert_holds(reader, {PART: rows}, columns)
+            for column in columns:
+                assert reader.statistics(column).count == len(rows.tokens[column])
+
+    return read
+
+
+TWO = [(order, SHORT) for order in orders("AAABBB")]
+TWO += [(order, WHOLE) for order in orders("AAABBB") if order[0] == "A"]  # B is the same
+
+
+@pytest.mark.parametrize(
+    ("order", "second"), TWO, ids=["".join(o) + ("" if w is WHOLE else "-other") for o, w in TWO]
+)
+def test_two_attempts_leave_one_whole_part(
+    memory: Path, order: Sequence[str], second: Content
+) -> None:
+    make_cache(memory)
+    both = (WHOLE,) if second is WHOLE else (WHOLE, second)
+    turns = Turns(order, reading(memory, both))
+    failed = run_in_turns(
+        turns,
+        {
+            name: lambda name=name, what=what: extract(
+                stepped(memory, name, turns, PUBLISH), what, COLUMNS, both
+            )
+            for name, what in (("A", WHOLE), ("B", second))
+        },
+    )
+    assert not failed
+    assert_whole(memory, both)
+
+
+@pytest.mark.parametrize("order", orders("AABBCC"), ids="".join)
+def test_three_attempts_at_different_columns_leave_one_whole_part(
+    memory: Path, order: Sequence[str]
+) -> None:
+    """Two of the same rows and one of others: all of them win, join or replay in turn."""
+    make_cache(memory)
+    both = (WHOLE, SHORT)
+    turns = Turns(order, reading(memory, both))
+    wanted = {"A": (WHOLE, COLUMNS[:1]), "B": (SHORT, COLUMNS[1:]), "C": (WHOLE, COLUMNS[1:])}
+    failed = run_in_turns(
+        turns,
+        {
+            name: lambda name=name, what=what, columns=columns: extract(
+                stepped(memory, name, turns, PUBLISH), what, columns, both
+            )
+            for name, (what, columns) in wanted.items()
+        },
+    )
+    assert not failed
+    assert_whole(memory, both)
+
+
+def assert_whole(root: Path, contents: Sequence[Content]) -> None:
+    """All columns are committed once and right, and what lost left nothing."""
+    cache = Cache.open(root)
+    assert set(cache.commits()[PART].columns) == set(COLUMNS)
+    assert not gc(cache, later=1e6).garbage
+    assert not verify(cache).problems
+    reading(root, contents)()
+    assert len(list(root.rglob("base.zarr"))) == 1

@@ -21,6 +21,7 @@ from verified_cache import (
     PARTS,
     assert_complete,
     assert_heals,
+    basis_key,
     check,
     expected_drops,
     extract,
@@ -270,7 +271,7 @@ def test_a_part_of_other_weights_is_dropped(root: Path) -> None:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_basis_takes_its_column_along_and_no_other(root: Path, damage: str) -> None:
-    key = f"columns/{COMPACT}/basis.npz"
+    key = basis_key(root)
     DAMAGES[damage](root / key)
     problem = only(check(root))
     assert problem.where == key
@@ -289,8 +290,8 @@ def test_a_basis_that_no_part_uses_yet_must_be_readable(root: Path) -> None:
     for part in PARTS:
         (root / commit_file(part, COMPACT)).unlink()
     assert check(root).problems == ()
-    (root / "columns" / COMPACT / "basis.npz").write_bytes(b"PK")
-    assert only(check(root)).drops == (f"columns/{COMPACT}/basis.npz",)
+    (root / basis_key(root)).write_bytes(b"PK")
+    assert only(check(root)).drops == (basis_key(root),)
     assert_heals(root, check(root))
 
 

@@ -17,6 +17,7 @@ from verified_cache import (
     COMPACT,
     INT8,
     assert_complete,
+    basis_key,
     check,
     expected_drops,
     extract,
@@ -74,7 +75,7 @@ class Meddled(LocalStore):
 
 def files_that_verify_reads(root: Path) -> list[str]:
     keys = [*named_files(root), *(commit_file(A0, c) for c in (None, *COLUMNS)), "shards/a-0"]
-    return [*keys, *(f"columns/{c}/column.json" for c in COLUMNS), f"columns/{COMPACT}/basis.npz"]
+    return [*keys, *(f"columns/{c}/column.json" for c in COLUMNS), basis_key(root)]
 
 
 def test_a_column_that_is_dropped_and_freed_meanwhile_is_no_damage(pristine: Path, tmp_path: Path):
@@ -169,7 +170,7 @@ def test_an_interrupted_repair_leaves_nothing_worse(pristine: Path, tmp_path: Pa
         root = Path(shutil.copytree(pristine, tmp_path / f"{after}"))
         for key in list(named_files(root))[:5]:
             (root / key).unlink()
-        (root / "columns" / COMPACT / "basis.npz").write_bytes(b"")
+        (root / basis_key(root)).write_bytes(b"")
         (root / "shards/a-0").unlink()
         found = check(root)
         try:

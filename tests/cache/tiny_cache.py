@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,18 +14,23 @@ import numpy as np
 import torch
 
 from kdhiera.cache.commit import Cache
+from kdhiera.cache.encoding import NEEDS_BASIS, basis_to_npz, calibrate
 from kdhiera.cache.expected import expect_shard
 from kdhiera.cache.fingerprint import base_identity, column_identity
+from kdhiera.cache.garbage import Collected, collect
 from kdhiera.cache.layout import PartId, column_id, parse_column
 from kdhiera.cache.reader import CacheReader
 from kdhiera.cache.records import BaseCommit, Commit, SourceInfo
+from kdhiera.cache.rows import KeptRows
 from kdhiera.cache.stats import channel_statistics
 from kdhiera.cache.table import Row
 from kdhiera.cache.writer import Attempt, CommitResult
 from kdhiera.config import RunConfig
+from kdhiera.progress import make_progress
 from kdhiera.views import ClipView, RowStatus
 
 WIDTHS = {"image.1.int8": 8, "image.1.fp32": 8, "image.norm.int8": 8, "video.2.int8": 6}
+OTHERS = {"image.1.fp16": 8, "image.1.bf16": 8, "image.1.compact": 8, "video.2.compact": 6}
 COLUMNS = ("image.1.int8", "video.2.int8")
 SOURCE = SourceInfo(path="shard.tar", num_bytes=1000, sha256="ab" * 32)
 
@@ -52,7 +59,7 @@ def config(**changes: Any) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def make_cache(root: Path, columns: Sequence[str] = COLUMNS) -> Cache:
+def make_cache(root: Path | str, columns: Sequence[str] = COLUMNS) -> Cache:
     """Open or create the tiny cache and make sure it knows some columns."""
     run = config()
     identity = base_identity(run, score_teacher={"weights_sha256": "11"})
@@ -70,6 +77,16 @@ def add_column(cache: Cache, column: str, weights: str = "22") -> None:
     )
     assert column_id(name.teacher, name.layer, name.encoding) == column
     cache.columns.ensure(column, identity, provenance={})
+    if name.encoding in NEEDS_BASIS and not cache.columns.has_basis(column):
+        cache.columns.publish_basis(column, basis(column))
+
+
+def basis(column: str) -> bytes:
+    """A basis that suits the features of `content`, the same every time."""
+    rng = np.random.default_rng(7)
+    features = rng.normal(size=(40, 8, 4, (WIDTHS | OTHERS)[column])).astype(np.float32) * 3
+    encoding = parse_column(column).encoding
+    return basis_to_npz(calibrate(encoding, torch.from_numpy(features), error=0.01))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +143,7 @@ def content(part: PartId, num_rows: int = 5, *, bad: Sequence[int] = (), seed: i
     pixels = rng.integers(0, 256, (n, 4, 2, 32, 32, 3), dtype=np.uint8)
     pixels[units < 0] = 0
     features, tokens = {}, {}
-    for column, width in WIDTHS.items():
+    for column, width in {**WIDTHS, **OTHERS}.items():
         everything = rng.normal(size=(n, 8, 4, width)).astype(np.float32) * 3
         tokens[column] = everything.reshape(-1, width)
         kept_features = everything[np.arange(n)[:, None], np.maximum(units, 0)]
@@ -161,7 +178,7 @@ def begin(
         cache,
         part,
         source=source,
-        columns={c: WIDTHS[c] for c in columns},
+        columns={c: (WIDTHS | OTHERS)[c] for c in columns},
         base=base,
         provenance={"versions": {"kdhiera": "0"}},
         lease_seconds=lease_seconds,
@@ -207,18 +224,23 @@ def write_part(
         return attempt.commit()
 
 
-def catch_up(cache: Cache, part: PartId, columns: Sequence[str] = COLUMNS) -> None:
+def catch_up(
+    cache: Cache,
+    part: PartId,
+    columns: Sequence[str] = COLUMNS,
+    what: Content | None = None,
+) -> None:
     """What extraction does with a part: whatever is missing of it."""
     missing = cache.missing(part, columns)
     found = cache.part_commits(part)
     if missing:
-        write_part(cache, part, columns=missing.columns, base=found.base if found else None)
+        write_part(cache, part, what, missing.columns, base=found.base if found else None)
 
 
 def assert_holds(
     reader: CacheReader, parts: Mapping[PartId, Content], columns: Sequence[str] = COLUMNS
 ) -> None:
-    """Every trainable row reads back as it was written."""
+    """Every trainable row reads back as it was written, within what its encoding loses."""
     shards = sorted({part.shard_id for part in parts})
     views = 1 + max(part.view for part in parts)
     for view in range(views):
@@ -229,10 +251,39 @@ def assert_holds(
         np.testing.assert_array_equal(rows.scores, np.concatenate([w.scores for w in wanted]))
         np.testing.assert_array_equal(rows.pixels, np.concatenate([w.pixels for w in wanted]))
         for column in columns:
-            stored = rows.columns[column]
             features = np.concatenate([w.features[column] for w in wanted])
-            if column.endswith("fp32"):
-                np.testing.assert_array_equal(stored["codes"], features)
-            else:
-                values = stored["codes"] * stored["scale"][..., None]
-                assert np.all(np.abs(values - features) <= stored["scale"][..., None] * 0.5001)
+            assert_close(column, decoded(reader, rows, column), features)
+
+
+def decoded(reader: CacheReader, rows: KeptRows, column: str) -> np.ndarray:
+    """Features of a column as a training step sees them."""
+    arrays = {name: torch.from_numpy(values) for name, values in rows.columns[column].items()}
+    units = torch.from_numpy(rows.units.astype(np.int64))
+    return (
+        reader.codec(column)
+        .decode(arrays, units)
+        .masked_fill(units[..., None, None] < 0, 0)
+        .numpy()
+    )
+
+
+LOSSES = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2, "int8": 0.06, "compact": 0.5}
+
+
+def assert_close(column: str, found: np.ndarray, features: np.ndarray) -> None:
+    """Hold features against what was encoded: other rows would be off by about 9.
+
+    Args:
+        column: Column id.
+        found: Decoded features.
+        features: Of `content`: normal, of standard deviation 3.
+    """
+    loss = LOSSES[parse_column(column).encoding]
+    assert found.shape == features.shape
+    np.testing.assert_allclose(found, features, rtol=0, atol=loss * 5)
+
+
+def gc(cache: Cache, *, remove: bool = True, later: float = 0.0) -> Collected:
+    """Collect garbage as if some seconds had passed."""
+    with make_progress(io.StringIO()) as progress:
+        return collect(cache, remove=remove, progress=progress, now=time.time() + later)

@@ -47,6 +47,11 @@ def extract(url: str | Path) -> Cache:
     return cache
 
 
+def basis_key(root: Path) -> str:
+    (found,) = (root / "columns" / COMPACT).glob("basis-*.npz")
+    return found.relative_to(root).as_posix()
+
+
 def check(root: Path | str) -> Verified:
     return verify(Cache.open(root))
 
