@@ -119,7 +119,7 @@ def choose_rows(
             for part, places in spread(good, num_rows).items():
                 rows = _good_rows(cache, parts[part], column)
                 chosen[part][column] = [int(rows[place]) for place in places]
-        if all(shards.find(part.shard_id) for part in chosen):
+        if not [part for part in chosen if shards.find(part.shard_id) is None]:
             return {part: chosen[part] for part in sorted(chosen)}
 
 
