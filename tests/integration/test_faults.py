@@ -46,6 +46,7 @@ def test_an_extraction_killed_at_random_resumes_to_the_same_content(
     command = [sys.executable, "-c", code, "extract-teachers", str(path)]
     rng = random.Random(0)
     parts = tmp_path / "wild-cache" / "parts"
+    killed = 0
     for _ in range(4):
         before = len(list(parts.rglob("attempt.json")))
         process = subprocess.Popen(
@@ -54,8 +55,12 @@ def test_an_extraction_killed_at_random_resumes_to_the_same_content(
         while len(list(parts.rglob("attempt.json"))) == before and process.poll() is None:
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 1.0))  # somewhere between its first byte and its commit
+        if process.poll() is not None:  # it was faster
+            assert process.returncode == 0
+            break
         os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        killed += process.wait() == -signal.SIGKILL
+    assert killed
     subprocess.run(command, check=True, capture_output=True, timeout=250)
     assert contents(load(path)) == contents(calm)
 
