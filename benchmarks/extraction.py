@@ -22,8 +22,9 @@ from kdhiera.cache.commit import Cache
 from kdhiera.config import RunConfig, load
 from kdhiera.data.clip import Clip, ClipRequest
 from kdhiera.data.ordered import decode_samples
+from kdhiera.data.patterns import expand
 from kdhiera.data.sandbox import Sandbox
-from kdhiera.data.shards import ShardIndex, expand, index_shard, read_shard
+from kdhiera.data.shards import ShardIndex, index_shard, read_shard
 from kdhiera.progress import make_progress
 from kdhiera.stages.assemble import columns_of, decode_limits, featurizer_of
 from kdhiera.stages.extract_teachers import extract

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from kdhiera.addresses import redact, refuse_secrets
 from kdhiera.errors import UsageError
 from kdhiera.grid import Grid
 from kdhiera.masking import MaskPlan, MaskSpec, PlannedMasks, Scope, Strategy
@@ -23,6 +24,7 @@ from kdhiera.views import CropPolicy, FramePolicy, ViewPolicy
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["auto", "fp32", "bf16"]
+Colour = tuple[float, float, float]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,40}$")]
 
 
@@ -36,7 +38,7 @@ class DataConfig(Section):
     """Where the videos are.
 
     Attributes:
-        shards: WebDataset tar shards: paths, globs or brace patterns.
+        shards: WebDataset tar shards: paths or `s3://` addresses, with globs and braces.
         video_extensions: Members with these extensions are videos.
         max_bad_fraction: Extraction stops when more than this share of the rows (a sample in
             a view) is bad, 20 rows seen at least.
@@ -124,20 +126,29 @@ class DecodeConfig(Section):
 
 
 class TeacherConfig(Section):
-    """One frozen teacher.
+    """One frozen teacher; see `docs/teachers.md`.
 
     Attributes:
-        kind: `timm` (an image ViT) or `module` (a factory of the user's own).
-        model: timm model name, for `timm`.
+        kind: `timm` (an image ViT), `transformers` (VideoMAE, V-JEPA 2, Dinov2, ViT),
+            `pixels` or `hog` (targets without weights), `module` (a factory of the user's own).
+        model: timm model name, for `timm`; a hub repository or an architecture
+            (`videomae`), for `transformers`.
         factory: `package.module:function`, for `module`.
-        options: Passed to the factory, for `module`.
-        weights: A safetensors or `.pth` file; None takes timm's own from the hub.
-        layers: Blocks whose output is a target (1-based count of blocks done), or `norm`.
+        options: Passed to the factory, for `module`; settings of the architecture that the
+            weights' own do not give, for `timm` and `transformers`.
+        weights: A safetensors or `.pth` file, or a folder; None takes the hub's.
+        layers: Blocks whose output is a target (1-based count of blocks done), or `norm`;
+            `patch` for `pixels` and `hog`.
         weight: Share of this teacher's loss in the total.
-        precision: Compute precision; `auto` is bf16 where the hardware multiplies it.
+        precision: Compute precision; `auto` is bf16 where the hardware multiplies it
+            (`pixels` and `hog` are always fp32).
+        compile: Compile the blocks with torch: `false`, `true`, or a mode of
+            `torch.compile` (those with CUDA graphs reuse the memory of results).
+        mean: Colour means to normalise with; None takes the model's own.
+        std: Their standard deviations.
     """
 
-    kind: Literal["timm", "module"]
+    kind: Literal["timm", "transformers", "pixels", "hog", "module"]
     model: str | None = None
     factory: str | None = None
     options: Mapping[str, Any] = {}
@@ -145,6 +156,18 @@ class TeacherConfig(Section):
     layers: tuple[str, ...] = Field(min_length=1)
     weight: float = Field(1.0, ge=0)
     precision: Precision = "auto"
+    compile: bool | Literal["default", "max-autotune-no-cudagraphs"] = False
+    mean: Colour | None = None
+    std: Colour | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_weights(cls, value: object) -> object:
+        """`pixels` and `hog` have one layer and one precision."""
+        if not isinstance(value, Mapping) or value.get("kind") not in ("pixels", "hog"):
+            return value
+        given = {k: v for k, v in value.items() if (k, v) != ("precision", "auto")}
+        return {"layers": ("patch",), "precision": "fp32", **given}
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -155,10 +178,31 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> TeacherConfig:
-        needed = {"timm": "model", "module": "factory"}[self.kind]
-        if getattr(self, needed) is None:
-            raise ValueError(f"a teacher of kind {self.kind} needs `{needed}`")
+        needed = {"timm": ("model",), "transformers": ("model", "weights"), "module": ("factory",)}
+        wanted = needed.get(self.kind, ())
+        if wanted and all(getattr(self, name) is None for name in wanted):
+            names = " or ".join(f"`{name}`" for name in wanted)
+            raise ValueError(f"a teacher of kind {self.kind} needs {names}")
+        fields = type(self).model_fields
+        for name in sorted({n for names in _TEACHER_SETTINGS.values() for n in names}):
+            unused = name not in _TEACHER_SETTINGS[self.kind]
+            if unused and getattr(self, name) != fields[name].default:
+                raise ValueError(f"a teacher of kind {self.kind} has no use for `{name}`")
+        if self.kind in ("pixels", "hog") and self.precision != "fp32":
+            raise ValueError(f"a teacher of kind {self.kind} always computes in fp32")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {list(self.std)}")
         return self
+
+
+_OF_MODELS = frozenset({"model", "options", "weights", "compile", "mean", "std"})
+_TEACHER_SETTINGS: Mapping[str, frozenset[str]] = {
+    "timm": _OF_MODELS,
+    "transformers": _OF_MODELS,
+    "module": frozenset({"factory", "options", "weights"}),
+    "pixels": frozenset(),
+    "hog": frozenset(),
+}
 
 
 class ScoresConfig(Section):
@@ -166,12 +210,39 @@ class ScoresConfig(Section):
 
     Attributes:
         teacher: Name of the teacher.
-        source: `cls_attention`: attention of the last block's CLS token (UMT), or
+        source: `cls_attention`: attention of the class token to the patches (UMT);
+            `received_attention`: attention that a patch receives from all patches, for
+            teachers without a trained class token; `feature_norm`: length of its feature;
             `uniform`: every unit alike.
+        layer: Block whose attention or output is read, or `norm` for `feature_norm`; None
+            means the last block.
+        heads: Attention heads that are averaged, from 0; None means all.
     """
 
     teacher: str
-    source: Literal["cls_attention", "uniform"] = "cls_attention"
+    source: Literal["cls_attention", "received_attention", "feature_norm", "uniform"] = (
+        "cls_attention"
+    )
+    layer: str | None = None
+    heads: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, min_length=1)
+
+    @field_validator("layer", mode="before")
+    @classmethod
+    def _layer_name(cls, value: object) -> object:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("heads", mode="after")
+    @classmethod
+    def _sorted(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if value is None else tuple(sorted(set(value)))
+
+    @model_validator(mode="after")
+    def _used(self) -> ScoresConfig:
+        if self.heads is not None and not self.source.endswith("attention"):
+            raise ValueError(f"scores.heads has no effect on source {self.source}: leave it out")
+        if self.layer is not None and self.source == "uniform":
+            raise ValueError("scores.layer has no effect on source uniform: leave it out")
+        return self
 
 
 class PlannedMasksConfig(Section):
@@ -240,15 +311,14 @@ class CacheConfig(Section):
     Attributes:
         dir: Folder of the cache, or `s3://bucket/prefix`.
         encoding: How features are stored; see `docs/encodings.md`.
-        compact_error: Share of the features' centred variance that `compact` may lose on the
-            clips that its basis is made from.
+        compact_error: Share of a row's energy about the channel means that `compact` may lose.
         mode: `cached` trains from the cache, `live` runs decoder and teachers in the loop.
         allow_partial: Train although some shards, views or columns are not there yet.
     """
 
     dir: str
     encoding: Literal["fp32", "fp16", "bf16", "int8", "compact"] = "int8"
-    compact_error: float = Field(0.015, gt=0, le=0.5)
+    compact_error: float = Field(0.017, ge=0.002, le=0.5)
     mode: Literal["cached", "live"] = "cached"
     allow_partial: bool = False
 
@@ -298,13 +368,20 @@ class StudentConfig(Section):
     Attributes:
         size: Named size; see `kdhiera.student.hiera`.
         drop_path: Rate of the last block, rising linearly from 0.
-        taps: Where heads read, by teacher, one for every layer in order: `stage3.mid`,
-            `stage3.end`, `stage4.end` or `block:N`; None spreads a teacher's layers over these.
+        taps: Where heads read, by teacher, one for every layer in order: `stageN.mid`, `stageN.end`
+            or `block:N`; None spreads a teacher's layers over backbone stages 3 and 4.
+        head: `linear`, or `mlp` with one hidden layer.
+        mix: Every head reads a learned mix of all taps that are named (MaskAlign).
+        init: Weights to start from: an official Hiera video checkpoint, or an export; None
+            starts from the seed.
     """
 
     size: Literal["nano", "tiny", "small", "base", "base_plus", "large", "huge"] = "base"
     drop_path: Fraction = 0.1
     taps: Mapping[str, tuple[str, ...]] | None = None
+    head: Literal["linear", "mlp"] = "linear"
+    mix: bool = False
+    init: str | None = None
 
 
 class ObjectiveConfig(Section):
@@ -313,9 +390,14 @@ class ObjectiveConfig(Section):
     Attributes:
         teachers: Teachers that train the student; None means all.
         layers: Layers by teacher; None means all that are cached.
-        normalise: `layer_norm`, `standardize` (statistics of the cache), `l2`, `none`.
-        loss: `smooth_l1`, `mse` or `cosine`.
+        normalise: `layer_norm`, `standardize` and `phi_s` (statistics of the cache), `l2`, `none`.
+        calibration_rows: Clips whose kept units `phi_s` takes its covariance from.
+        loss: `smooth_l1`, `mse`, `cosine` or `cosine_smooth_l1` (half of each).
         beta: Where smooth L1 turns linear.
+        layer_weights: A layer's share of its teacher's loss, by teacher and layer; 1 where none is
+            named. Only proportions count: the teacher's own share is `teachers.NAME.weight`.
+        teacher_drop: Chance that a sample does without a teacher other than the one it is worst
+            at (UNIC); 0 keeps all.
         strategy: Mask strategy; must be planned in the cache.
         ratio: Mask ratio; None takes what `masks` plans for the strategy.
         draws: Masks a view; None takes what `masks` plans for the strategy.
@@ -323,9 +405,12 @@ class ObjectiveConfig(Section):
 
     teachers: tuple[str, ...] | None = None
     layers: Mapping[str, tuple[str, ...]] | None = None
-    normalise: Literal["layer_norm", "standardize", "l2", "none"] = "layer_norm"
-    loss: Literal["smooth_l1", "mse", "cosine"] = "smooth_l1"
+    normalise: Literal["layer_norm", "standardize", "phi_s", "l2", "none"] = "layer_norm"
+    calibration_rows: int = Field(256, ge=2)
+    loss: Literal["smooth_l1", "mse", "cosine", "cosine_smooth_l1"] = "smooth_l1"
     beta: float = Field(1.0, gt=0)
+    layer_weights: Mapping[str, Mapping[str, Annotated[float, Field(ge=0)]]] | None = None
+    teacher_drop: Fraction = 0.0
     strategy: Strategy = Strategy.ATTENTION
     ratio: Ratio | None = None
     draws: int | None = Field(None, ge=1, le=1000)
@@ -337,6 +422,16 @@ class ObjectiveConfig(Section):
             return value
         return {
             k: tuple(str(x) for x in v) if isinstance(v, list | tuple) else v
+            for k, v in value.items()
+        }
+
+    @field_validator("layer_weights", mode="before")
+    @classmethod
+    def _weight_names(cls, value: object) -> object:
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            k: {str(layer): weight for layer, weight in v.items()} if isinstance(v, Mapping) else v
             for k, v in value.items()
         }
 
@@ -362,6 +457,9 @@ class TrainConfig(Section):
         keep_last: Checkpoints kept.
         prefetch: Batches read ahead.
         num_threads: CPU threads of the loop; 0 leaves torch's own choice.
+        compile: Compile forward and losses with `torch.compile`.
+        grad_checkpointing: Compute the student's blocks again in the backward pass instead of
+            keeping what they computed: less memory, more time, the same losses.
     """
 
     epochs: int = Field(400, ge=1)
@@ -381,6 +479,8 @@ class TrainConfig(Section):
     keep_last: int = Field(2, ge=1)
     prefetch: int = Field(3, ge=1)
     num_threads: int = Field(0, ge=0)
+    compile: bool = False
+    grad_checkpointing: bool = False
 
 
 class EvaluateConfig(Section):
@@ -445,6 +545,7 @@ class RunConfig(Section):
         named: list[tuple[str, Iterable[str]]] = [("scores.teacher", (self.scores.teacher,))]
         named.append(("objective.teachers", self.objective.teachers or ()))
         named.append(("objective.layers", self.objective.layers or ()))
+        named.append(("objective.layer_weights", self.objective.layer_weights or ()))
         named.append(("student.taps", self.student.taps or ()))
         for key, names in named:
             for name in names:
@@ -467,6 +568,19 @@ class RunConfig(Section):
                 raise ValueError(
                     f"objective.layers.{name} asks for {sorted(missing)}, but "
                     f"teachers.{name}.layers has {list(self.teachers[name].layers)}"
+                )
+        for name, weights in (self.objective.layer_weights or {}).items():
+            trained = self.objective_layers.get(name, ())
+            unknown = set(weights) - set(trained)
+            if unknown:
+                raise ValueError(
+                    f"objective.layer_weights.{name} weighs {sorted(unknown)}, but the layers of "
+                    f"{name} that train the student are {list(trained)}"
+                )
+            if not sum(weights.get(layer, 1.0) for layer in trained):
+                raise ValueError(
+                    f"objective.layer_weights.{name} leaves no layer a weight: leave {name} out of "
+                    "objective.teachers instead"
                 )
         return self
 
@@ -553,14 +667,27 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply(raw, override)
     try:
-        return RunConfig.model_validate(raw)
+        config = RunConfig.model_validate(raw)
     except ValidationError as error:
         raise UsageError(f"{file}: {_explain(error)}") from None
+    _refuse_secrets(config)
+    return config
 
 
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML that `load` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _refuse_secrets(config: RunConfig) -> None:
+    """A config is kept with its run and its addresses in the cache."""
+    addresses = {"data.shards": config.data.shards, "cache.dir": (config.cache.dir,)}
+    if config.evaluate is not None:
+        for split in ("train", "validation", "test"):
+            addresses[f"evaluate.{split}"] = getattr(config.evaluate, split)
+    for what, values in addresses.items():
+        for address in values:
+            refuse_secrets(address, what)
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -598,7 +725,7 @@ def _explain(error: ValidationError) -> str:
         else:
             message = item["msg"].removeprefix("Value error, ")
             got = item["input"]
-            shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
+            shown = "" if isinstance(got, dict | BaseModel) else f", got {redact(repr(got))}"
             lines.append(f"`{where}`: {message}{shown}" if item["loc"] else message)
     return "; ".join(lines)
 

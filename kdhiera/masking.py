@@ -232,7 +232,7 @@ class MaskPlan:
             draws: Draws 0 .. draws-1 are used.
             units_per_slot: Units of a slot of the clip.
         """
-        if self.keep_all:
+        if self._keeps_every_unit(units_per_slot):
             return ()
         noisy = spec.strategy is not Strategy.ATTENTION_TOPK
         gaps: list[str] = []
@@ -260,9 +260,9 @@ class MaskPlan:
             other: A plan.
             units_per_slot: Units of a slot of the clip.
         """
-        if self.keep_all:
+        if self._keeps_every_unit(units_per_slot):
             return ()
-        if other.keep_all:
+        if other._keeps_every_unit(units_per_slot):
             return ("every unit (masks.keep: all)",)
         specs = (
             (MaskSpec(strategy=e.strategy, scope=other.scope, ratio=e.ratio, seed=other.seed), e)
@@ -274,6 +274,13 @@ class MaskPlan:
             for gap in self.lacks(spec, draws=entry.draws, units_per_slot=units_per_slot)
         )
         return tuple(dict.fromkeys(gaps))
+
+    def _keeps_every_unit(self, units_per_slot: int) -> bool:
+        """Whether any mask at all is covered: by wish, or by a ratio that hides nothing."""
+        hides_nothing = (
+            num_visible(e.ratio, units_per_slot) == units_per_slot for e in self.entries
+        )
+        return self.keep_all or any(hides_nothing)
 
     def describe(self) -> str:
         """For people."""

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
-import shutil
-import tempfile
+import mmap
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,111 +15,27 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import S3Store
 
+from kdhiera import staging
+from kdhiera.addresses import refuse_secrets
+from kdhiera.buckets import Access, access, clear_errors, connect
 from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.storage import file_crc32c
-from kdhiera.stores import Entry, Files
+from kdhiera.stores import Entry, Files, FileVersion
 
 _THREADS = 16
 _PIECE_BYTES = 1 << 22
-_CREATE_TRIES = 3
-_CONNECT = timedelta(seconds=3)
-_REQUEST = timedelta(seconds=120)
-_RETRIES = 5
-_RETRY_FOR = timedelta(seconds=60)
-_ROLES = (
-    "AWS_WEB_IDENTITY_TOKEN_FILE",
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-)
-_ADVICE = (  # (what the answer says, what it means and what to do), the first that fits
-    ("NoSuchBucket", "there is no such bucket: correct the name, or create it"),
-    ("301 Moved", "the bucket is in another region: set AWS_REGION to its region"),
-    ("InvalidAccessKeyId", "the access key is not known there: check AWS_ACCESS_KEY_ID"),
-    ("SignatureDoesNotMatch", "the secret key is wrong: check AWS_SECRET_ACCESS_KEY"),
-    ("ExpiredToken", "the session token has expired: renew AWS_SESSION_TOKEN"),
-    (
-        "403 Forbidden",
-        "access is denied: give these credentials the right to list, read and write there",
-    ),
-    ("401 Unauthorized", "access is denied: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
-    ("error sending request", "nothing answers: check AWS_ENDPOINT_URL and the network"),
-    ("connect", "nothing answers: check AWS_ENDPOINT_URL and the network"),
-)
+_LARGE_THREADS = 4  # files of up to 256 MB share the line, each within its time
+_LARGE_BYTES = 8 * 2**20
+_CREATE_TRIES = 5
+_CREATE_WAIT_SECONDS = 0.2  # doubled with every try
+_PAGE = 1000
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Access:
-    """Which server and which identity; holds no secret.
-
-    Args:
-        endpoint: Address of the server; None is AWS.
-        region: Region of the bucket.
-        signing: `environment`, `role` or `anonymous`.
-    """
-
-    endpoint: str | None
-    region: str
-    signing: str
+_conditional: set[tuple[str, Access]] = set()  # buckets whose server honours conditions
 
 
-def _access() -> _Access:
-    env = os.environ
-    if env.get("AWS_SKIP_SIGNATURE", "").lower() == "true":
-        signing = "anonymous"
-    elif env.get("AWS_ACCESS_KEY_ID") and env.get("AWS_SECRET_ACCESS_KEY"):
-        signing = "environment"
-    elif any(env.get(name) for name in _ROLES):
-        signing = "role"
-    else:
-        raise UsageError(
-            "there are no credentials for s3://: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
-            "(or AWS_SKIP_SIGNATURE=true to read a public bucket)"
-        )
-    return _Access(
-        endpoint=env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or None,
-        region=env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or "us-east-1",
-        signing=signing,
-    )
-
-
-@functools.lru_cache(maxsize=16)
-def _client(bucket: str, access: _Access, key_id: str | None, pid: int) -> S3Store:
-    """One connection pool a process for everything with the same address and identity."""
-    plain = access.endpoint is not None and access.endpoint.startswith("http://")
-    config: dict[str, Any] = {"region": access.region, "checksum_algorithm": "SHA256"}
-    if access.endpoint is not None:
-        config["endpoint"] = access.endpoint
-    if access.signing == "anonymous":
-        config["skip_signature"] = True
-    return S3Store(
-        bucket,
-        config=config,  # type: ignore[arg-type]
-        client_options={"allow_http": plain, "connect_timeout": _CONNECT, "timeout": _REQUEST},
-        retry_config={
-            "max_retries": _RETRIES,
-            "retry_timeout": _RETRY_FOR,
-            "backoff": {
-                "init_backoff": timedelta(milliseconds=100),
-                "max_backoff": timedelta(seconds=2),
-                "base": 2,
-            },
-        },
-    )
-
-
-@contextlib.contextmanager
-def _clear(url: str) -> Iterator[None]:
-    """Turn what a bucket answers into one sentence; a missing object stays what it is."""
-    try:
-        yield
-    except (BaseError, FileNotFoundError, PermissionError, OSError, ValueError) as error:
-        said = str(error)
-        if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in said:
-            raise
-        advice = next((text for mark, text in _ADVICE if mark in said), None)
-        if advice is None:
-            advice = f"{type(error).__name__}: {' '.join(said.split())[:300]}"
-        raise KdhieraError(f"{url}: {advice}") from None
+class ObjectChangedError(KdhieraError):
+    """An object that is not the one that was asked for."""
 
 
 class ObjectStore:
@@ -140,6 +52,7 @@ class ObjectStore:
     """
 
     def __init__(self, url: str) -> None:
+        refuse_secrets(url, "the address of a bucket")
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         if not url.startswith("s3://") or not bucket:
             raise UsageError(f"'{url}' names no bucket: write s3://bucket/prefix")
@@ -161,7 +74,7 @@ class ObjectStore:
 
     def read(self, key: str) -> bytes:
         """Contents of an object."""
-        with _clear(self.url):
+        with clear_errors(self.url):
             return bytes(obstore.get(self._store(), self._path(key)).bytes())
 
     def read_many(self, keys: Iterable[str]) -> list[bytes | None]:
@@ -174,33 +87,58 @@ class ObjectStore:
 
         def read(item: tuple[str, int]) -> bytes | None:
             key, size = item
+            start = max(0, size - num_bytes)
             try:
-                return self.read_range(key, max(0, size - num_bytes), size)
+                with clear_errors(self._address(key)):
+                    return bytes(
+                        obstore.get_range(self._store(), self._path(key), start=start, end=size)
+                    )
             except FileNotFoundError:
                 return None
 
         with ThreadPoolExecutor(_THREADS) as pool:
             return list(pool.map(read, sizes.items()))
 
-    def read_range(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop` of an object, fewer where it ends before; `start` is in it."""
-        with _clear(self.url):
-            found = obstore.get_range(self._store(), self._path(key), start=start, end=stop)
-            return bytes(found)
-
-    def size(self, key: str) -> int:
-        """Bytes in an object.
+    def version(self, key: str) -> FileVersion:
+        """Which object is there now.
 
         Raises:
             FileNotFoundError: If there is none.
         """
-        with _clear(self.url):
-            return int(obstore.head(self._store(), self._path(key))["size"])
+        with clear_errors(self._address(key)):
+            return _version(obstore.head(self._store(), self._path(key)))
+
+    def read_range(self, key: str, start: int, stop: int, *, version: FileVersion) -> bytes:
+        """Bytes `start` to `stop` of an object, if it is still the one that is meant.
+
+        The server is told which one (`If-Match`), and its word is checked.
+
+        Args:
+            key: Name of the object.
+            start: First byte, below `stop`.
+            stop: Byte after the last, no more than there are.
+            version: From `version`.
+
+        Raises:
+            FileNotFoundError: If there is no such object.
+            ObjectChangedError: If there is another one.
+        """
+        options: dict[str, Any] = {"range": (start, stop)}
+        if version.tag.startswith('"'):  # a strong one
+            options["if_match"] = version.tag
+        with clear_errors(self._address(key)):
+            try:
+                found = obstore.get(self._store(), self._path(key), options=options)  # type: ignore[arg-type]
+            except PreconditionError:
+                raise ObjectChangedError(f"{self._address(key)} has changed") from None
+            if _version(found.meta) != version:
+                raise ObjectChangedError(f"{self._address(key)} has changed")
+            return bytes(found.bytes())
 
     def checksum(self, key: str) -> tuple[int, int]:
         """Size and crc32c of an object, as it streams past."""
         size = crc32c = 0
-        with _clear(self.url):
+        with clear_errors(self._address(key)):
             found = obstore.get(self._store(), self._path(key))
             for piece in found.stream(min_chunk_size=_PIECE_BYTES):
                 data = bytes(piece)
@@ -210,14 +148,14 @@ class ObjectStore:
     def exists(self, key: str) -> bool:
         """Whether there is such an object."""
         try:
-            self.size(key)
+            self.version(key)
         except FileNotFoundError:
             return False
         return True
 
     def write(self, key: str, data: bytes) -> None:
         """Put a whole object in place."""
-        with _clear(self.url):
+        with clear_errors(self.url):
             obstore.put(self._store(), self._path(key), data, use_multipart=False)
 
     def create(self, key: str, data: bytes) -> bool:
@@ -226,12 +164,13 @@ class ObjectStore:
         A lost answer makes the client send again and be told that the name is taken: only
         what is there says who won.
         """
-        for _ in range(_CREATE_TRIES):
+        for tries in range(_CREATE_TRIES):
             failure: Exception | None = None
             try:
                 obstore.put(
                     self._store(), self._path(key), data, mode="create", use_multipart=False
                 )
+                self._require_conditions(key, data)
                 return True
             except (AlreadyExistsError, PreconditionError):
                 pass
@@ -241,20 +180,42 @@ class ObjectStore:
             if there is not None:
                 return there == data
             if failure is not None:
-                with _clear(self.url):
+                with clear_errors(self.url):
                     raise failure
+            time.sleep(_CREATE_WAIT_SECONDS * 2**tries)  # another's write is not done (409)
         raise KdhieraError(f"{self.url}: {key} is refused as taken and is not there: run again")
+
+    def _require_conditions(self, key: str, data: bytes) -> None:
+        """Refuse a server that lets the last writer win: asked once, after a first success.
+
+        Its own bytes are sent again, which changes nothing wherever they are taken.
+        """
+        server = self.bucket, access()
+        if server in _conditional:
+            return
+        try:
+            obstore.put(self._store(), self._path(key), data, mode="create", use_multipart=False)
+        except (AlreadyExistsError, PreconditionError):
+            _conditional.add(server)
+        except (BaseError, OSError):
+            return  # no clear answer; the next success is followed up
+        else:
+            raise KdhieraError(
+                f"{self.url}: the server ignores conditions on writes (If-None-Match), so runs "
+                "could overwrite one another's commits: put the cache in a bucket of a server that "
+                "honours them, or in a folder"
+            )
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects one after the other."""
         for key in keys:
-            with contextlib.suppress(FileNotFoundError), _clear(self.url):
+            with contextlib.suppress(FileNotFoundError), clear_errors(self.url):
                 obstore.delete(self._store(), self._path(key))
 
     def delete_folder(self, folder: str) -> None:
         """Remove everything below a folder, a thousand objects a request."""
         for page in self._pages(folder):
-            with _clear(self.url):
+            with clear_errors(self.url):
                 obstore.delete(self._store(), [path for path, _, _ in page])
 
     def names(self, folder: str) -> list[str]:
@@ -265,6 +226,10 @@ class ObjectStore:
     def folders(self, folder: str) -> list[str]:
         """Names of common prefixes, from a listing with a delimiter."""
         return sorted(self._list(folder)[0])
+
+    def objects(self, folder: str) -> list[str]:
+        """Names of objects, from a listing with a delimiter."""
+        return sorted(self._list(folder)[1])
 
     def walk(self, folder: str) -> Iterator[Entry]:
         """All objects below a folder, by pages of a thousand."""
@@ -282,63 +247,76 @@ class ObjectStore:
 
     def stage(self, folder: str) -> Path:
         """A temporary folder of this machine (TMPDIR)."""
-        return Path(tempfile.mkdtemp(prefix="kdhiera-"))
+        return staging.new_folder()
 
     def keep(self, folder: str, staged: Path) -> Files:
         """Upload a staged folder, have the bucket list it, and remove the local copy.
 
-        Every PUT carries the SHA-256 of its bytes, which the server checks.
+        Every file is one PUT, so that a process that dies leaves no half upload that no
+        listing shows, and carries the SHA-256 of its bytes, which the server checks.
         """
-        names = sorted(p.relative_to(staged).as_posix() for p in staged.rglob("*") if p.is_file())
+        paths = sorted(p for p in staged.rglob("*") if p.is_file())
+        sizes = {p.relative_to(staged).as_posix(): p.stat().st_size for p in paths}
 
         def send(name: str) -> tuple[str, tuple[int, int]]:
-            path = staged / name
-            entry = path.stat().st_size, file_crc32c(path)
-            with _clear(self.url):
-                obstore.put(self._store(), self._path(f"{folder}/{name}"), path)
+            path, large = staged / name, sizes[name] > _LARGE_BYTES
+            entry = sizes[name], file_crc32c(path)
+            with clear_errors(self._address(f"{folder}/{name}")):
+                obstore.put(
+                    self._store(large=large),
+                    self._path(f"{folder}/{name}"),
+                    _mapped(path),
+                    use_multipart=False,
+                )
             return name, entry
 
-        with ThreadPoolExecutor(_THREADS) as pool:
-            files = dict(pool.map(send, names))
+        large = [name for name, size in sizes.items() if size > _LARGE_BYTES]
+        small = [name for name, size in sizes.items() if size <= _LARGE_BYTES]
+        with ThreadPoolExecutor(_LARGE_THREADS) as slow, ThreadPoolExecutor(_THREADS) as quick:
+            both = slow.map(send, large), quick.map(send, small)
+            sent = dict(entry for results in both for entry in results)
         listed = {entry.key: entry.num_bytes for entry in self.walk(folder)}
-        for name, (num_bytes, _) in files.items():
+        for name, num_bytes in sizes.items():
             if (has := listed.get(f"{folder}/{name}")) != num_bytes:
                 raise KdhieraError(
                     f"{self.url}/{folder}/{name} was sent with {num_bytes} bytes and the bucket "
                     f"lists {has}: run the same command again"
                 )
-        shutil.rmtree(staged, ignore_errors=True)
-        return files
+        staging.remove_folder(staged)
+        return {name: sent[name] for name in sizes}
 
     def discard(self, folder: str, staged: Path) -> None:
         """Remove the temporary folder and what was uploaded of it."""
-        shutil.rmtree(staged, ignore_errors=True)
+        staging.remove_folder(staged)
         with contextlib.suppress(KdhieraError):
             self.delete_folder(folder)
 
     def kvstore(self, folder: str) -> Mapping[str, Any]:
         """The s3 driver, which takes the keys from the environment itself."""
-        access = _access()
+        how = access()
         kinds = {"environment": "environment", "role": "default", "anonymous": "anonymous"}
         path = self._path(folder)
         spec: dict[str, Any] = {
             "driver": "s3",
             "bucket": self.bucket,
             "path": f"{path}/" if path else "",
-            "aws_region": access.region,
-            "aws_credentials": {"type": kinds[access.signing]},
+            "aws_region": how.region,
+            "aws_credentials": {"type": kinds[how.signing]},
         }
-        return spec | ({} if access.endpoint is None else {"endpoint": access.endpoint})
+        return spec | ({} if how.endpoint is None else {"endpoint": how.endpoint})
 
     def _path(self, key: str) -> str:
         return "/".join(filter(None, (self.prefix, key)))
 
-    def _store(self) -> S3Store:
-        return _client(self.bucket, _access(), os.environ.get("AWS_ACCESS_KEY_ID"), os.getpid())
+    def _address(self, key: str) -> str:
+        return f"s3://{self.bucket}/{self._path(key)}"
+
+    def _store(self, *, large: bool = False) -> S3Store:
+        return connect(self.bucket, large=large)
 
     def _list(self, folder: str) -> tuple[list[str], list[str]]:
         """Names of the folders and of the objects directly in `folder`."""
-        with _clear(self.url):
+        with clear_errors(self.url):
             found = obstore.list_with_delimiter(self._store(), self._path(folder) or None)
         paths = found["common_prefixes"], [meta["path"] for meta in found["objects"]]
         folders, objects = ([p.rstrip("/").rpartition("/")[2] for p in some] for some in paths)
@@ -346,8 +324,8 @@ class ObjectStore:
 
     def _pages(self, folder: str) -> Iterator[list[tuple[str, int, float]]]:
         """(path, size, time of writing) of what lies below a folder, a page at a time."""
-        with _clear(self.url):
-            for page in obstore.list(self._store(), self._path(folder) or None, chunk_size=1000):
+        with clear_errors(self.url):
+            for page in obstore.list(self._store(), self._path(folder) or None, chunk_size=_PAGE):
                 yield [(m["path"], m["size"], m["last_modified"].timestamp()) for m in page]
 
     def _read_or_none(self, key: str) -> bytes | None:
@@ -355,3 +333,16 @@ class ObjectStore:
             return self.read(key)
         except FileNotFoundError:
             return None
+
+
+def _version(meta: Mapping[str, Any]) -> FileVersion:
+    """What tells an object from another: its ETag, or else when it was written."""
+    return FileVersion(num_bytes=meta["size"], tag=meta["e_tag"] or str(meta["last_modified"]))
+
+
+def _mapped(path: Path) -> bytes | mmap.mmap:
+    """A file's bytes without a copy in this process's memory."""
+    if not path.stat().st_size:
+        return b""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -68,6 +68,12 @@ def human_bytes(num_bytes: float) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
+def counted(n: int, noun: str) -> str:
+    """A count with its noun, such as `1 part`, `2,000 parts` or `3 processes`."""
+    ending = "" if n == 1 else "es" if noun.endswith("s") else "s"
+    return f"{n:,} {noun}{ending}"
+
+
 def human_seconds(seconds: float) -> str:
     """A duration as `m:ss` or `h:mm:ss`, rounded to whole seconds."""
     whole = max(0, round(seconds))

@@ -23,6 +23,8 @@ _SYNC_THREADS = 8
 _TRIES = 10
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
+STAGED = "kdhiera-staged-"  # begins the names of temporary folders that are uploaded
+
 
 def fsync_folder(folder: Path) -> None:
     """Make the folder's entries survive a power cut."""
@@ -105,10 +107,13 @@ def disk_errors(path: Path) -> Iterator[None]:
         reason = os.strerror(error.errno)
         if error.errno in _REFUSED:
             raise KdhieraError(f"cannot write to {path}: {reason}") from error
+        what = "free some space"
+        if any(name.startswith(STAGED) for name in path.parts):
+            what += ", or set TMPDIR to a folder on another disk,"
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
         raise KdhieraError(
-            f"the disk of {path} takes no more ({reason}; {_free(existing)} free): free some space "
-            "and run the same command again; what was committed is kept"
+            f"the disk of {path} takes no more ({reason}; {_free(existing)} free): {what} and "
+            "run the same command again; what was committed is kept"
         ) from error
 
 

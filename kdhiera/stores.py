@@ -45,6 +45,20 @@ class Entry:
     modified: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileVersion:
+    """Which of the files that may come to lie under one name is meant.
+
+    Args:
+        num_bytes: Its size.
+        tag: What a bucket calls it; empty for a local file, of which the size is all that
+            is the same on every machine.
+    """
+
+    num_bytes: int
+    tag: str = ""
+
+
 @runtime_checkable
 class Store(Protocol):
     """A tree of files; safe to use from several threads and processes."""

@@ -20,7 +20,6 @@ from kdhiera.data.shards import ShardIndex
 from kdhiera.errors import MismatchError
 from kdhiera.featurize import Featurizer
 from kdhiera.masking import MaskPlan
-from kdhiera.storage import file_sha256
 from kdhiera.student.export import load_exported
 from kdhiera.student.hiera import Student, build
 from kdhiera.teachers.build import build_teachers
@@ -94,13 +93,10 @@ def exported_student(config: RunConfig, folder: Path) -> Student:
     return student
 
 
-def source_of(shard: ShardIndex) -> SourceInfo:
-    """What a cache records of a shard."""
+def unread_source(shard: ShardIndex) -> SourceInfo:
+    """The same without the hash, which is known when the shard has been read."""
     return SourceInfo(
-        path=shard.path,
-        num_bytes=shard.num_bytes,
-        sha256=file_sha256(Path(shard.path)),
-        problems=shard.problems,
+        path=shard.path, num_bytes=shard.num_bytes, sha256=None, problems=shard.problems
     )
 
 

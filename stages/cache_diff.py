@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kdhiera.addresses import expand_braces
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.expected import expected_shards, shard_records
 from kdhiera.cache.fingerprint import (
@@ -22,12 +23,13 @@ from kdhiera.cache.fingerprint import (
     differences,
     table,
 )
-from kdhiera.cache.info_text import counted, some
+from kdhiera.cache.info_text import some
 from kdhiera.cache.layout import CACHE_FILE, PartId, column_id
 from kdhiera.cache.records import PartCommits
 from kdhiera.config import RunConfig
-from kdhiera.data.shards import expand, expand_braces
+from kdhiera.data.patterns import expand
 from kdhiera.errors import ExitCode, UsageError
+from kdhiera.progress import counted
 from kdhiera.stores import open_store
 
 ROWS = "rows"  # what a part lacks that has nothing at all
@@ -70,6 +72,7 @@ class CacheDiff:
         missing: Parts of these that lack rows or columns, with what they lack.
         unseen: Shard files of the config that were never extracted.
         partial: Whether the run trains on what is there.
+        live: Whether training runs the teachers itself and reads no cache.
     """
 
     cache: str
@@ -85,6 +88,7 @@ class CacheDiff:
     missing: Missing
     unseen: tuple[str, ...]
     partial: bool
+    live: bool
 
     @property
     def exit_code(self) -> ExitCode:
@@ -119,6 +123,8 @@ class CacheDiff:
     @property
     def distill(self) -> str:
         """Whether training would run, in words."""
+        if self.live:
+            return "would run without the cache (cache.mode=live)"
         if not self.exists:
             return "would not run: there is no cache yet"
         trained = [column for column in self.columns if column.trained]
@@ -225,6 +231,7 @@ def diff_cache(config: RunConfig) -> CacheDiff:
             missing={},
             unseen=files,
             partial=config.cache.allow_partial,
+            live=config.cache.mode == "live",
         )
     cache = Cache.open(config.cache.dir)
     columns = _columns(config, cache)
@@ -255,6 +262,7 @@ def diff_cache(config: RunConfig) -> CacheDiff:
         missing=_missing(cache.commits(), shards, config.views.num, names),
         unseen=tuple(path for path in files if os.path.realpath(path) not in seen),
         partial=config.cache.allow_partial,
+        live=config.cache.mode == "live",
     )
 
 

@@ -11,7 +11,8 @@ from kdhiera.cache.arrays import read_array
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.layout import ColumnStatus, PartId, column_group
 from kdhiera.cache.records import PartCommits
-from kdhiera.data.shards import ShardError, ShardIndex, index_shard, shard_stem
+from kdhiera.data.shards import ShardIndex, index_shard, shard_stem
+from kdhiera.data.tars import ShardError
 
 Columns = Mapping[str, tuple[str, str]]  # (teacher, layer) by column id
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,10 @@ from jaxtyping import UInt8
 from kdhiera.config import RunConfig
 from kdhiera.data.clip import Clip, ClipRequest
 from kdhiera.data.ordered import decode_samples
+from kdhiera.data.patterns import expand
 from kdhiera.data.sandbox import Sandbox
-from kdhiera.data.shards import Sample, expand, index_shard, read_shard
+from kdhiera.data.shards import Sample, ShardIndex, index_shards, read_sample, read_shard
+from kdhiera.stages.assemble import decode_limits
 from kdhiera.views import ViewPolicy
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ class ClipBatch:
 
 def clip_batches(
     config: RunConfig,
-    shards: Sequence[str],
+    shards: Sequence[ShardIndex],
     *,
     policy: ViewPolicy,
     sandbox: Sandbox,
@@ -48,20 +51,19 @@ def clip_batches(
 
     Args:
         config: The run.
-        shards: Paths or patterns.
+        shards: Their indices.
         policy: What views are drawn from.
         sandbox: Decoding children.
         batch_size: Clips in a batch; the last one may be smaller.
 
     Raises:
-        UsageError: If a pattern matches no shard.
-        ValueError: If a shard is no tar.
+        SourceError: If a shard cannot be read, or is not the one that was indexed.
     """
     wanted = (
         (sample, ClipRequest(uid=sample.uid, view=0, policy=policy))
-        for path in expand(shards)
+        for shard in shards
         for sample in read_shard(
-            index_shard(path),
+            shard,
             video_extensions=config.data.video_extensions,
             max_video_bytes=config.decode.max_video_bytes,
         )
@@ -80,7 +82,42 @@ def clip_batches(
         yield _batch(batch)
     if bad:
         kinds = ", ".join(f"{n} {s}" for s, n in sorted(bad.items()))
-        logger.warning("clips left out of %s: %s", ", ".join(shards), kinds)
+        logger.warning("clips left out of %s: %s", ", ".join(s.path for s in shards), kinds)
+
+
+def spread_clips(config: RunConfig, num_clips: int) -> Iterator[tuple[Sample, Clip]]:
+    """The first clip that decodes at each of `num_clips` places spread over `data.shards`.
+
+    Args:
+        config: The run; clips are those that extraction would store of view 0.
+        num_clips: Places; fewer clips come where none decodes.
+
+    Raises:
+        UsageError: If a pattern matches no shard.
+        ValueError: If a shard is no tar.
+    """
+    shards = index_shards(expand(config.data.shards))
+    places = [(shard, i) for shard in shards for i in range(len(shard.samples))]
+    starts = [i * len(places) // num_clips for i in range(min(num_clips, len(places)))]
+    with Sandbox(decode_limits(config.decode), num_children=1) as sandbox:
+        for start, end in zip(starts, [*starts[1:], len(places)], strict=True):
+            wanted = _requests(config, places[start:end])
+            decoded = decode_samples(sandbox, wanted, in_flight=1)
+            clips = ((s, outcome) for s, outcome in decoded if isinstance(outcome, Clip))
+            yield from itertools.islice(clips, 1)
+
+
+def _requests(
+    config: RunConfig, places: Iterable[tuple[ShardIndex, int]]
+) -> Iterator[tuple[Sample, ClipRequest]]:
+    for shard, ordinal in places:
+        sample = read_sample(
+            shard,
+            ordinal,
+            video_extensions=config.data.video_extensions,
+            max_video_bytes=config.decode.max_video_bytes,
+        )
+        yield sample, ClipRequest(uid=sample.uid, view=0, policy=config.view_policy)
 
 
 def _batch(pairs: Sequence[tuple[Clip, Sample]]) -> ClipBatch:

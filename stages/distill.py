@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
 from jaxtyping import Int
-from torch import nn
 
+from kdhiera.addresses import expand_braces
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import Codec, make_codec
 from kdhiera.cache.expected import expected_shards
@@ -34,18 +33,21 @@ from kdhiera.cache.layout import column_id
 from kdhiera.cache.reader import CacheReader
 from kdhiera.cache.rows import KeptRows
 from kdhiera.cache.snapshot import SNAPSHOT_FILE, Snapshot, load_snapshot, save_snapshot
-from kdhiera.config import RunConfig, dump
+from kdhiera.config import RunConfig, StudentConfig, dump
+from kdhiera.data.patterns import expand
 from kdhiera.data.sandbox import Sandbox
-from kdhiera.data.shards import expand, expand_braces, index_shard
+from kdhiera.data.shards import index_shards
 from kdhiera.devices import resolve_device, resolve_precision
 from kdhiera.errors import UsageError
-from kdhiera.objective.targets import ChannelMoments, TargetSpec
+from kdhiera.objective.targets import NEEDS_STATISTICS, Statistics, TargetSpec
 from kdhiera.progress import Progress, human_seconds
 from kdhiera.stages.assemble import decode_limits, featurizer_of
+from kdhiera.stages.statistics import statistics_of
 from kdhiera.storage import write_atomic
 from kdhiera.student.export import export
-from kdhiera.student.heads import HeadSpec, build_heads
+from kdhiera.student.heads import Heads, HeadSpec, build_heads
 from kdhiera.student.hiera import Student, build, default_taps, depths_of
+from kdhiera.student.official import load_init, weights_sha256
 from kdhiera.training.batches import ClipSource
 from kdhiera.training.live import LIVE_ENCODING, LiveSource
 from kdhiera.training.loop import CHECKPOINTS, TrainSummary, check_resumable, num_steps, train
@@ -149,7 +151,7 @@ def _train(
     config: RunConfig,
     opened: Opened,
     student: Student,
-    heads: nn.ModuleDict,
+    heads: Heads,
     specs: Sequence[TargetSpec],
     identity: Mapping[str, Any],
     progress: Progress,
@@ -183,7 +185,7 @@ class Opened:
         encoding: Of its columns.
         widths: Channels by (teacher, layer).
         codecs: How features are stored, by (teacher, layer), on the training device.
-        moments: Channel statistics by (teacher, layer), where they are asked for.
+        statistics: By (teacher, layer), where `objective.normalise` needs them.
     """
 
     source: ClipSource
@@ -193,7 +195,7 @@ class Opened:
     encoding: str
     widths: Mapping[tuple[str, str], int]
     codecs: Mapping[tuple[str, str], Codec]
-    moments: Mapping[tuple[str, str], ChannelMoments]
+    statistics: Mapping[tuple[str, str], Statistics]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,17 +220,17 @@ def _source(config: RunConfig, snapshot: Snapshot | None) -> Iterator[Opened]:
         yield open_cache(config, snapshot=snapshot)
         return
     layers = config.objective_layers
-    if config.objective.normalise == "standardize":
+    if config.objective.normalise in NEEDS_STATISTICS:
         raise UsageError(
-            "objective.normalise=standardize needs the statistics of a cache: with "
-            "cache.mode=live use layer_norm, l2 or none"
+            f"objective.normalise={config.objective.normalise} needs the statistics of a cache: "
+            "with cache.mode=live use layer_norm, l2 or none"
         )
     device = resolve_device(config.train.device)
     with Sandbox(
         decode_limits(config.decode),
         num_children=config.decode.num_children or config.extract.cpus_per_actor,
     ) as sandbox:
-        shards = [index_shard(path) for path in expand(config.data.shards)]
+        shards = index_shards(expand(config.data.shards))
         featurizer = featurizer_of(config, device=device)
         source = LiveSource(
             shards,
@@ -262,7 +264,7 @@ def _source(config: RunConfig, snapshot: Snapshot | None) -> Iterator[Opened]:
             encoding=LIVE_ENCODING,
             widths=source.widths,
             codecs={k: make_codec(LIVE_ENCODING, width=w) for k, w in source.widths.items()},
-            moments={},
+            statistics={},
         )
 
 
@@ -303,15 +305,6 @@ def open_cache(config: RunConfig, *, snapshot: Snapshot | None = None) -> Opened
         snapshot=snapshot,
     )
     logger.info("%s", reader.coverage.describe())
-    moments = {}
-    if config.objective.normalise == "standardize":
-        for key, column in columns.items():
-            found = reader.statistics(column)
-            moments[key] = ChannelMoments(
-                mean=torch.tensor(found.mean, device=device),
-                std=torch.tensor(found.std, device=device),
-                count=found.count,
-            )
     return Opened(
         source=_Cached(reader=reader),
         coverage=reader.coverage.describe(),
@@ -320,29 +313,39 @@ def open_cache(config: RunConfig, *, snapshot: Snapshot | None = None) -> Opened
         encoding=config.cache.encoding,
         widths={key: reader.width(column) for key, column in columns.items()},
         codecs={key: reader.codec(column).to(device) for key, column in columns.items()},
-        moments=moments,
+        statistics=statistics_of(reader, columns, config.objective, device),
     )
 
 
-def student_of(
-    config: RunConfig, opened: Opened
-) -> tuple[Student, nn.ModuleDict, list[TargetSpec]]:
+def student_of(config: RunConfig, opened: Opened) -> tuple[Student, Heads, list[TargetSpec]]:
     """A fresh student with its heads, and what each head must predict.
 
     Raises:
-        UsageError: If a tap does not exist, or not every layer has one.
+        UsageError: If a tap does not exist, or not every layer has one; if `student.init` cannot
+            be loaded.
     """
-    backbone = build(config.student, config.clip.grid, seed=config.train.seed)
+    grid = config.clip.grid
+    backbone = build(config.student, grid, seed=config.train.seed)
+    if config.student.init is not None:
+        load_init(backbone, config.student.init, grid)
     specs = _targets(config, opened, depths_of(backbone))
-    student = Student(backbone, config.clip.grid, sorted({s.tap for s in specs}))
+    student = Student(
+        backbone,
+        grid,
+        sorted({s.tap for s in specs}),
+        grad_checkpointing=config.train.grad_checkpointing,
+    )
     heads = build_heads(
-        {spec.name: _head(student, spec) for spec in specs}, seed=config.train.seed + 1
+        {spec.name: _head(student, spec, config.student) for spec in specs},
+        seed=config.train.seed + 1,
+        mix_width=student.num_features if config.student.mix else None,
     )
     return student, heads, specs
 
 
 def _targets(config: RunConfig, opened: Opened, depths: Sequence[int]) -> list[TargetSpec]:
     specs = []
+    layer_weights = config.objective.layer_weights or {}
     for teacher, layers in config.objective_layers.items():
         taps = (config.student.taps or {}).get(teacher) or default_taps(len(layers), depths)
         if len(taps) != len(layers):
@@ -359,24 +362,30 @@ def _targets(config: RunConfig, opened: Opened, depths: Sequence[int]) -> list[T
                     column=column_id(teacher, layer, opened.encoding),
                     width=opened.widths[teacher, layer],
                     weight=config.teachers[teacher].weight,
+                    layer_weight=layer_weights.get(teacher, {}).get(layer, 1.0),
                     decode=opened.codecs[teacher, layer].decode,
-                    statistics=opened.moments.get((teacher, layer)),
+                    statistics=opened.statistics.get((teacher, layer)),
                 )
             )
     return specs
 
 
-def _head(student: Student, spec: TargetSpec) -> HeadSpec:
+def _head(student: Student, spec: TargetSpec, config: StudentConfig) -> HeadSpec:
     tokens, width = student.tap_shape(spec.tap)
-    return HeadSpec(tap=spec.tap, tokens=tokens, width_in=width, width_out=spec.width)
+    return HeadSpec(
+        tap=spec.tap, tokens=tokens, width_in=width, width_out=spec.width, kind=config.head
+    )
 
 
 def _identity(config: RunConfig, opened: Opened) -> dict[str, Any]:
-    """What decides the weights that come out; paths, devices and logging do not."""
+    """What decides the weights that come out; paths, devices, memory and logging do not."""
     free = {"device", "log_every", "save_every", "keep_last", "prefetch", "num_threads"}
+    free.add("grad_checkpointing")
+    init = config.student.init
     identity = {
         "clip": config.clip.model_dump(mode="json"),
-        "student": config.student.model_dump(mode="json"),
+        "student": config.student.model_dump(mode="json", exclude={"init"}),
+        "init": None if init is None else weights_sha256(init),
         "objective": config.objective.model_dump(mode="json"),
         "train": config.train.model_dump(mode="json", exclude=free),
         "masks": {**asdict(config.mask_spec), "draws": config.num_draws},

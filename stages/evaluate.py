@@ -23,8 +23,9 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from kdhiera.cache.fingerprint import fingerprint
 from kdhiera.config import EvaluateConfig, RunConfig
+from kdhiera.data.patterns import expand
 from kdhiera.data.sandbox import Sandbox
-from kdhiera.data.shards import expand, index_shard
+from kdhiera.data.shards import ShardIndex, index_shards
 from kdhiera.devices import resolve_device
 from kdhiera.errors import UsageError
 from kdhiera.evaluation.bootstrap import bootstrap_difference, bootstrap_interval
@@ -112,14 +113,15 @@ def evaluate(config: RunConfig, *, progress: Progress) -> EvaluateSummary:
             f"no trained student in {export}: run `kdhiera distill` with this config first"
         )
     path = folder / "evaluation.json"
-    want = _fingerprint(config, settings, export)
+    shards = {name: index_shards(expand(getattr(settings, name))) for name in SPLITS}
+    want = _fingerprint(config, settings, shards, export)
     models = _models(config, export)
     features = folder / "features.npz"
     done = _earlier(path, features, want)
     if done is not None:
         logger.info("this student was evaluated before: results are those of %s", path)
         return done
-    splits = _read_splits(config, settings, models, progress)
+    splits = _read_splits(config, settings, shards, models, progress)
     results, comparisons = [], []
     for label in _labels(settings, splits):
         found, compared = _measure(settings, splits, label)
@@ -214,10 +216,13 @@ def _teacher_model(featurizer: Featurizer, name: str, layer: str) -> Model:
 
 
 def _read_splits(
-    config: RunConfig, settings: EvaluateConfig, models: Mapping[str, Model], progress: Progress
+    config: RunConfig,
+    settings: EvaluateConfig,
+    indices: Mapping[str, Sequence[ShardIndex]],
+    models: Mapping[str, Model],
+    progress: Progress,
 ) -> dict[str, _Split]:
-    patterns = {name: getattr(settings, name) for name in SPLITS}
-    total = sum(len(index_shard(p).samples) for v in patterns.values() for p in expand(v))
+    total = sum(len(shard.samples) for shards in indices.values() for shard in shards)
     bar = progress.start("evaluate", total, "clips")
     device = resolve_device(config.train.device)
     # On CPUs a batch a core with one thread each is faster than one batch with all of them.
@@ -228,7 +233,7 @@ def _read_splits(
         Sandbox(decode_limits(config.decode), num_children=workers) as sandbox,
         ThreadPoolExecutor(workers, initializer=start) as pool,
     ):
-        for split, shards in patterns.items():
+        for split, shards in indices.items():
             batches = clip_batches(
                 config,
                 shards,
@@ -241,7 +246,8 @@ def _read_splits(
                 found.append((batch, features))
                 progress.advance(bar, len(batch.uids))
             if not found:
-                raise UsageError(f"evaluate.{split} has no clip that decodes: {', '.join(shards)}")
+                paths = ", ".join(shard.path for shard in shards)
+                raise UsageError(f"evaluate.{split} has no clip that decodes: {paths}")
             splits[split] = _Split(
                 uids=[uid for batch, _ in found for uid in batch.uids],
                 labels=[labels for batch, _ in found for labels in batch.labels],
@@ -376,14 +382,18 @@ def _predict(
     return [("k-NN", np.asarray(votes).argmax(1)), ("linear probe", probe.predictions)]
 
 
-def _fingerprint(config: RunConfig, settings: EvaluateConfig, export: Path) -> str:
+def _fingerprint(
+    config: RunConfig,
+    settings: EvaluateConfig,
+    shards: Mapping[str, Sequence[ShardIndex]],
+    export: Path,
+) -> str:
     """Of all that decides the results: the weights, the clips, the settings."""
     weights = file_sha256(export / "model.safetensors")
-    shards = [index_shard(p).shard_id for s in SPLITS for p in expand(getattr(settings, s))]
     return fingerprint(
         {
             "weights": weights,
-            "shards": shards,
+            "shards": [shard.shard_id for split in SPLITS for shard in shards[split]],
             "settings": settings.model_dump(mode="json"),
             "clip": config.clip.model_dump(mode="json"),
             "allow_short": config.views.allow_short,

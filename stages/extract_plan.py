@@ -15,7 +15,9 @@ from kdhiera.cache.fingerprint import base_identity, column_identity
 from kdhiera.cache.layout import CACHE_FILE, COMMITS, PartId, parse_column
 from kdhiera.cache.records import Versions
 from kdhiera.config import RunConfig
-from kdhiera.data.shards import ShardError, ShardIndex, expand, index_shard
+from kdhiera.data.patterns import expand
+from kdhiera.data.shards import ShardIndex, try_index_shards
+from kdhiera.data.tars import ShardError
 from kdhiera.devices import resolve_device, resolve_precision
 from kdhiera.errors import UsageError
 from kdhiera.stages.assemble import columns_of, versions
@@ -145,20 +147,18 @@ def index_all(config: RunConfig) -> Shards:
     found: list[ShardIndex] = []
     problems: list[str] = []
     unreadable = 0
-    for path in expand(config.data.shards):
-        try:
-            index = index_shard(path)
-        except ShardError as error:
-            problems.append(str(error))
+    for index in try_index_shards(expand(config.data.shards)):
+        if isinstance(index, ShardError):
+            problems.append(str(index))
             unreadable += 1
             continue
         found.append(index)
-        problems += [f"{path}: {p}" for p in index.problems]
+        problems += [f"{index.path}: {p}" for p in index.problems]
         crowded = _crowded(index, config.data.video_extensions)
         if crowded:
             problems.append(
-                f"{path}: {crowded} samples hold several videos and only the first is used: names "
-                "are split at their first dot"
+                f"{index.path}: {crowded} samples hold several videos and only the first is used: "
+                "names are split at their first dot"
             )
     if not found:
         raise UsageError(f"none of the shards can be read: {'; '.join(problems)}")
@@ -226,10 +226,11 @@ def make_plan(config: RunConfig, cache: Cache | None, shards: Sequence[ShardInde
     columns = columns_of(config)
     parts = []
     made_by: set[Versions] = set()
+    committed = cache.commits({shard.shard_id for shard in shards}) if cache else {}
     for shard in shards:
         for view in range(config.views.num):
             part = PartId(shard_id=shard.shard_id, view=view)
-            commits = cache.part_commits(part) if cache else None
+            commits = committed.get(part)
             there = commits.columns if commits else {}
             lacks = {c: key for c, key in columns.items() if c not in there}
             if commits is None or lacks:

@@ -15,7 +15,6 @@ from typing import Any
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.expected import expect_shards
-from kdhiera.cache.layout import PartId
 from kdhiera.config import RunConfig
 from kdhiera.data.shards import ShardIndex
 from kdhiera.errors import BadDataError, IncompleteError, UsageError
@@ -221,16 +220,14 @@ def _committed(
     rows: collections.Counter[str] = collections.Counter()
     num_bytes = dense_bytes = 0
     tokens = config.clip.grid.num_units * TOKENS_PER_UNIT
-    for view in range(config.views.num if cache else 0):
-        for shard in shards:
-            assert cache is not None
-            found = cache.part_commits(PartId(shard_id=shard.shard_id, view=view))
-            if found is None:
-                continue
-            wanted = [c for name, c in found.columns.items() if name in columns]
-            rows.update(found.base.statuses)
-            num_bytes += found.base.num_bytes + sum(c.num_bytes for c in wanted)
-            dense_bytes += sum(2 * found.base.array_rows * tokens * c.width for c in wanted)
+    found = cache.commits({shard.shard_id for shard in shards}) if cache else {}
+    for part, commits in found.items():
+        if part.view >= config.views.num:
+            continue
+        wanted = [c for name, c in commits.columns.items() if name in columns]
+        rows.update(commits.base.statuses)
+        num_bytes += commits.base.num_bytes + sum(c.num_bytes for c in wanted)
+        dense_bytes += sum(2 * commits.base.array_rows * tokens * c.width for c in wanted)
     return rows, num_bytes, dense_bytes
 
 

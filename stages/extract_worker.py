@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.encoding import basis_to_npz, calibrate
+from kdhiera.cache.encoding import basis_to_npz, start_calibration
 from kdhiera.cache.fingerprint import column_identity
 from kdhiera.cache.layout import ColumnStatus, PartId, parse_column
 from kdhiera.cache.reader import BaseRows, read_base
@@ -30,7 +30,7 @@ from kdhiera.config import RunConfig
 from kdhiera.data.clip import Clip, ClipRequest, DecodeFailure
 from kdhiera.data.ordered import decode_samples
 from kdhiera.data.sandbox import Sandbox
-from kdhiera.data.shards import Sample, ShardIndex, read_shard
+from kdhiera.data.shards import Sample, ShardIndex, ShardPass
 from kdhiera.devices import resolve_device
 from kdhiera.errors import KdhieraError, StoppedError
 from kdhiera.featurize import Featurized
@@ -39,7 +39,7 @@ from kdhiera.stages.assemble import (
     decode_limits,
     featurizer_of,
     provenance,
-    source_of,
+    unread_source,
 )
 from kdhiera.views import RowStatus
 
@@ -187,27 +187,27 @@ class PartExtractor:
 
     def _make_bases(self, task: BasisTask) -> int:
         """Calibrate on all tokens of the first good clips; a basis that is there stays."""
-        drawn = (item for shard in task.shards for item in self._drawn(shard, 0))
+        drawn = (item for shard in task.shards for item in self._first_views(shard))
         good = itertools.islice((i for i in drawn if i.clip is not None), task.num_rows)
-        tokens: dict[tuple[str, str], list[torch.Tensor]] = {k: [] for k in task.columns.values()}
+        calibrations = {
+            column: start_calibration(parse_column(column).encoding, width=self._widths[key])
+            for column, key in task.columns.items()
+        }
         for batch in self._batches(good):
             clips = np.stack([item.clip.frames for item in batch if item.clip is not None])
             out = self._featurizer.teach(clips, layers=_layers(task.columns), with_scores=False)
-            for teacher, layer in tokens:
+            for column, (teacher, layer) in task.columns.items():
                 units = self._featurizer.grid.tokens_to_units(out[teacher].features[layer].float())
-                tokens[teacher, layer].append(units[units.isfinite().flatten(1).all(1)].cpu())
+                calibrations[column].add(units[units.isfinite().flatten(1).all(1)])
             self._rows += len(batch)
             self._on_counts(self._rows, self._bad)
             if self._stop.is_set():
                 raise StoppedError(f"stopped at the {task.name}: run again to go on")
         num_bytes = 0
-        for column, key in task.columns.items():
-            rows = torch.cat(tokens.pop(key)) if tokens[key] else torch.empty(0)
-            if not len(rows):
+        for column, calibration in calibrations.items():
+            if not calibration.num_units:
                 raise KdhieraError(f"no clip of data.shards decodes: the {task.name} has no data")
-            encoding = parse_column(column).encoding
-            basis = calibrate(encoding, rows, error=self._config.cache.compact_error)
-            data = basis_to_npz(basis)
+            data = basis_to_npz(calibration.basis(error=self._config.cache.compact_error))
             self._cache.columns.publish_basis(column, data)
             num_bytes += len(data)
         return num_bytes
@@ -216,17 +216,23 @@ class PartExtractor:
         found = self._cache.part_commits(task.part) if replay else None
         base = found.base if found else None
         stored = read_base(self._cache, base) if base else None
-        items = self._replayed(task, stored) if stored else self._drawn(task.shard, task.view)
         attempt = Attempt(
             self._cache,
             task.part,
-            source=source_of(task.shard),
+            source=unread_source(task.shard),
             columns={column: self._widths[key] for column, key in task.columns.items()},
             base=base,
             provenance=provenance(),
             lease_seconds=self._config.extract.lease_seconds,
         )
-        with attempt, ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+        with (
+            attempt,
+            self._read(task.shard) as shard,
+            ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
+        ):
+            samples = shard.samples()
+            drawn = self._replayed(task, stored, samples) if stored else None
+            items = drawn or self._drawn(samples, task.view)
             written: Future[None] | None = None
             done = 0
             for batch in self._batches(items):
@@ -245,20 +251,25 @@ class PartExtractor:
                     raise StoppedError(f"stopped while extracting {task.name}: run again to go on")
             if written is not None:
                 written.result()
-            return attempt.commit()
+            return attempt.commit(source_sha256=shard.sha256())
 
-    def _drawn(self, shard: ShardIndex, view: int) -> Iterator[_RowClip]:
-        """All samples of a shard, each with a newly drawn view."""
+    def _first_views(self, shard: ShardIndex) -> Iterator[_RowClip]:
+        with self._read(shard, hashed=False) as opened:
+            yield from self._drawn(opened.samples(), 0)
+
+    def _drawn(self, samples: Iterable[Sample], view: int) -> Iterator[_RowClip]:
+        """All samples, each with a newly drawn view."""
         policy = self._config.view_policy
         wanted = (
-            (sample, ClipRequest(uid=sample.uid, view=view, policy=policy))
-            for sample in self._samples(shard)
+            (sample, ClipRequest(uid=sample.uid, view=view, policy=policy)) for sample in samples
         )
         for sample, outcome in self._decode(wanted):
             clip = outcome if isinstance(outcome, Clip) else None
             yield _RowClip(row=_row(sample, outcome), clip=clip)
 
-    def _replayed(self, task: PartTask, stored: BaseRows) -> Iterator[_RowClip]:
+    def _replayed(
+        self, task: PartTask, stored: BaseRows, samples: Iterable[Sample]
+    ) -> Iterator[_RowClip]:
         """The good rows of the committed base, each with exactly its stored view."""
         good = {r.uid: r for r in stored.rows if r.status is RowStatus.OK}
         policy = self._config.view_policy
@@ -273,7 +284,7 @@ class PartExtractor:
                     replay_decoder=good[sample.uid].decoder,
                 ),
             )
-            for sample in self._samples(task.shard)
+            for sample in samples
             if sample.uid in good
         )
         for sample, outcome in self._decode(wanted):
@@ -281,11 +292,12 @@ class PartExtractor:
             same = isinstance(outcome, Clip) and outcome.crc32c == row.clip_crc32c
             yield _RowClip(row=row, clip=outcome if same and isinstance(outcome, Clip) else None)
 
-    def _samples(self, shard: ShardIndex) -> Iterator[Sample]:
-        return read_shard(
+    def _read(self, shard: ShardIndex, *, hashed: bool = True) -> ShardPass:
+        return ShardPass(
             shard,
             video_extensions=self._config.data.video_extensions,
             max_video_bytes=self._config.decode.max_video_bytes,
+            hashed=hashed,
         )
 
     def _decode(

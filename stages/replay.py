@@ -24,8 +24,9 @@ from kdhiera.cache.table import Row
 from kdhiera.config import RunConfig
 from kdhiera.data.clip import Clip, ClipRequest
 from kdhiera.data.ordered import decode_samples
+from kdhiera.data.patterns import expand
 from kdhiera.data.sandbox import Sandbox
-from kdhiera.data.shards import Sample, ShardIndex, expand, read_sample
+from kdhiera.data.shards import Sample, ShardIndex, read_sample
 from kdhiera.devices import resolve_device
 from kdhiera.errors import KdhieraError
 from kdhiera.featurize import Featurized, Featurizer

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +11,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from kdhiera.config import RunConfig
-from kdhiera.data.clip import Clip, ClipRequest
-from kdhiera.data.ordered import decode_samples
-from kdhiera.data.sandbox import Sandbox
-from kdhiera.data.shards import Sample, ShardIndex, expand, index_shard, read_sample
+from kdhiera.data.clip import Clip
 from kdhiera.devices import resolve_device
 from kdhiera.errors import UsageError
 from kdhiera.featurize import Featurized
@@ -24,7 +19,8 @@ from kdhiera.masking import draw_mask, to_keep_mask
 from kdhiera.progress import Progress
 from kdhiera.report.pictures import ClipPicture, FeatureRow, show_clip
 from kdhiera.report.plots import save
-from kdhiera.stages.assemble import decode_limits, exported_student, featurizer_of
+from kdhiera.stages.assemble import exported_student, featurizer_of
+from kdhiera.stages.clips import spread_clips
 from kdhiera.student.hiera import Student
 
 logger = logging.getLogger(__name__)
@@ -63,7 +59,9 @@ def show(
 def clip_figures(config: RunConfig, *, num_clips: int, progress: Progress) -> list[Figure]:
     """The same as figures; see `show`."""
     device = resolve_device(config.extract.device)
-    clips = _spread_clips(config, num_clips)
+    clips = [(sample.uid, clip) for sample, clip in spread_clips(config, num_clips)]
+    if not clips:
+        raise UsageError("no clip of data.shards decodes: nothing to show")
     bar = progress.start("show", len(clips), "clips")
     featurizer = featurizer_of(config, device=device, keep_all=True)
     student = _student(config, device)
@@ -124,33 +122,3 @@ def _student(config: RunConfig, device: torch.device) -> Student | None:
         logger.info("no trained student in %s: pictures show the teachers only", folder)
         return None
     return exported_student(config, folder).to(device)
-
-
-def _spread_clips(config: RunConfig, num_clips: int) -> list[tuple[str, Clip]]:
-    """The first clip that decodes at each of `num_clips` places spread over the shards."""
-    shards = [index_shard(path) for path in expand(config.data.shards)]
-    places = [(shard, i) for shard in shards for i in range(len(shard.samples))]
-    starts = [i * len(places) // num_clips for i in range(min(num_clips, len(places)))]
-    found: list[tuple[str, Clip]] = []
-    with Sandbox(decode_limits(config.decode), num_children=1) as sandbox:
-        for start, end in zip(starts, [*starts[1:], len(places)], strict=True):
-            wanted = _requests(config, places[start:end])
-            decoded = decode_samples(sandbox, wanted, in_flight=1)
-            clips = ((s.uid, o) for s, o in decoded if isinstance(o, Clip))
-            found += itertools.islice(clips, 1)
-    if not found:
-        raise UsageError("no clip of data.shards decodes: nothing to show")
-    return found
-
-
-def _requests(
-    config: RunConfig, places: Iterable[tuple[ShardIndex, int]]
-) -> Iterator[tuple[Sample, ClipRequest]]:
-    for shard, ordinal in places:
-        sample = read_sample(
-            shard,
-            ordinal,
-            video_extensions=config.data.video_extensions,
-            max_video_bytes=config.decode.max_video_bytes,
-        )
-        yield sample, ClipRequest(uid=sample.uid, view=0, policy=config.view_policy)

@@ -7,7 +7,6 @@ is found with other bytes cannot be extracted from again: the cache now holds mo
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,12 @@ from kdhiera.cache.commit import Cache
 from kdhiera.cache.layout import PartId, commit_file
 from kdhiera.cache.records import SourceInfo
 from kdhiera.cache.survey import read_part
-from kdhiera.data.shards import ShardError, ShardIndex, expand, index_shard, shard_stem
-from kdhiera.errors import DamagedError, UsageError
-from kdhiera.progress import BYTES, Progress
-from kdhiera.stages.assemble import source_of
+from kdhiera.data.patterns import expand
+from kdhiera.data.ranges import SourceError, is_there
+from kdhiera.data.shards import ShardIndex, index_shard, shard_sha256, shard_stem
+from kdhiera.data.tars import ShardError
+from kdhiera.errors import UsageError
+from kdhiera.progress import BYTES, Progress, counted
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Sources:
         """For people."""
         counts = Counter(check.status for check in self.checks)
         said = ", ".join(f"{counts[status]:,} {status}" for status in SourceStatus)
-        lines = [f"sources   {len(self.checks):,} shards: {said}"]
+        lines = [f"sources   {counted(len(self.checks), 'shard')}: {said}"]
         lines += [f"{c.status.value:<9} {c.shard_id}: {c.what}" for c in self.checks if c.what]
         return "\n".join(lines)
 
@@ -144,12 +145,15 @@ def _check(
 ) -> SourceCheck:
     lay = sources[0].path
     wrong: list[str] = []
-    replaced = ""
+    asides = ""
     for path in dict.fromkeys([*(source.path for source in sources), *elsewhere]):
-        if not os.path.exists(path):
-            continue
         try:
+            if not is_there(path):
+                continue
             index = index_shard(path)
+        except SourceError as error:
+            asides += f"; {error}"
+            continue
         except ShardError as error:
             wrong.append(str(error))
             continue
@@ -157,7 +161,7 @@ def _check(
             if path in elsewhere and path != lay:
                 continue  # another shard of the same name
             if index.shard_id in known:
-                replaced = f"; {path} now holds {index.shard_id}"
+                asides += f"; {path} now holds {index.shard_id}"
             else:
                 wrong.append(f"{path} now holds other samples")
             continue
@@ -170,20 +174,20 @@ def _check(
         return SourceCheck(
             shard_id=shard_id, path=lay, status=SourceStatus.CHANGED, what="; ".join(wrong)
         )
-    what = f"not found where it lay ({lay}){replaced}"
+    what = f"not found where it lay ({lay}){asides}"
     return SourceCheck(shard_id=shard_id, path=lay, status=SourceStatus.MOVED, what=what)
 
 
 def _differs(index: ShardIndex, sources: Sequence[SourceInfo]) -> str:
     """How a shard's bytes differ from those that something was made from; empty if not."""
     try:
-        found = source_of(index).sha256
-    except (OSError, DamagedError) as error:
+        found = shard_sha256(index)
+    except SourceError as error:
         return f"cannot be read ({error})"
     for source in sources:
         if source.sha256 is not None and source.sha256 != found:
             return (
-                f"has the same samples in other bytes (sha256 {str(found)[:12]}, recorded "
+                f"has the same samples in other bytes (sha256 {found[:12]}, recorded "
                 f"{source.sha256[:12]})"
             )
     return ""

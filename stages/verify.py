@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.fingerprint import differences
-from kdhiera.cache.layout import parse_column
+from kdhiera.cache.info import natural_order
+from kdhiera.cache.layout import CACHE_FILE, parse_column
 from kdhiera.cache.problems import Verified
 from kdhiera.cache.repair import repair_at
 from kdhiera.cache.verify import verify_at
 from kdhiera.config import RunConfig
-from kdhiera.errors import UsageError
-from kdhiera.progress import Progress
+from kdhiera.errors import DamagedError, UsageError
+from kdhiera.progress import Progress, counted
 
 if TYPE_CHECKING:  # teachers and decoders: loaded where they are asked for
     from kdhiera.stages.replay import Replayed
@@ -67,23 +68,44 @@ class CacheReport:
         if self.replayed:
             lines.append(_recompute_lines(self.replayed, self.skipped))
         lines += [f"left out  {note}" for note in self.notes]
-        if self.sound or self.verified.problems:
-            return "\n".join([*lines, *self.verified.conclusion()])
-        return "\n".join([*lines, f"result    {'; '.join(self._reasons())}"])
+        reasons = self._reasons()
+        if reasons and not self.verified.problems:
+            first = "the cache holds what was written"
+            return "\n".join([*lines, f"result    {'; '.join([first, *reasons])}"])
+        lines += self.verified.conclusion()
+        return "\n".join([*lines, *(f"          {reason}" for reason in reasons)])
 
     def _reasons(self) -> list[str]:
-        reasons = ["the cache holds what was written"]
+        """Why it is not sound although every byte is what was written."""
+        reasons = []
         if self.sources and self.sources.changed:
             reasons.append(
-                f"{len(self.sources.changed):,} shards are not what it was made from: restore "
-                "them, or leave them out of data.shards"
+                f"{counted(len(self.sources.changed), 'shard')} not what it was made from: "
+                "restore, or leave out of data.shards"
             )
         if self.replayed and self.replayed.beyond:
             reasons.append(
                 "the config's teachers do not give what is stored: drop the columns that differ "
                 "(`kdhiera cache drop`) and extract them again, or find out what has changed"
             )
+        if self.notes:
+            reasons.append("not all that was asked for was done")
         return reasons
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recompute:
+    """What is to be made again, known before anything is read.
+
+    Args:
+        config: The run, with teacher precisions resolved.
+        columns: Columns that its teachers make.
+        skipped: The others, with the reason.
+    """
+
+    config: RunConfig
+    columns: Mapping[str, tuple[str, str]]
+    skipped: Mapping[str, str]
 
 
 def check_cache(
@@ -114,60 +136,84 @@ def check_cache(
             "--recompute runs the teachers again, so it needs the config that names them and the "
             "shards: give it instead of the cache's folder"
         )
+    planned = _plan_recompute(config, url) if config and recompute else None
     verified = verify_at(url, progress=progress)
     if repair and verified.problems:
         verified = repair_at(verified)
-    usable = not verified.left and "cache.json" not in verified.removed
+    usable = not verified.left and CACHE_FILE not in verified.removed
     found: Sources | None = None
     replayed: Replayed | None = None
     skipped: Mapping[str, str] = {}
     notes = []
+    later = "the cache is damaged, or was: run this again once it is whole"
     if sources and usable:
         from kdhiera.stages.sources import check_sources
 
         patterns = config.data.shards if config else ()
         found = check_sources(Cache.open(url), patterns=patterns, progress=progress)
     elif sources:
-        notes.append("--sources: mend the cache first")
-    if recompute and usable:
-        assert config is not None
-        replayed, skipped = _recompute(config, Cache.open(url), recompute, progress)
+        notes.append(f"--sources: {later}")
+    if planned and usable:
+        from kdhiera.stages.replay import NoSourceError
+
+        try:
+            replayed, skipped = _recompute(planned, Cache.open(url), recompute, progress)
+        except NoSourceError as error:
+            notes.append(f"--recompute: {error}")
     elif recompute:
-        notes.append("--recompute: mend the cache first")
+        notes.append(f"--recompute: {later}")
     return CacheReport(
         verified=verified, sources=found, replayed=replayed, skipped=skipped, notes=tuple(notes)
     )
 
 
-def _recompute(
-    config: RunConfig, cache: Cache, num_rows: int, progress: Progress
-) -> tuple[Replayed, dict[str, str]]:
-    """Make rows of all columns again that the config's teachers can make."""
+def _plan_recompute(config: RunConfig, url: str) -> _Recompute | None:
+    """Which columns the config's teachers can make again; None if the cache is damaged.
+
+    Raises:
+        UsageError: If a shard or the weights of a teacher are not there.
+        MismatchError: If the config is not the cache's.
+    """
+    from kdhiera.data.patterns import expand
     from kdhiera.stages.extract_plan import identify
+
+    expand(config.data.shards)
+    try:
+        cache = Cache.open(url)
+        identities = identify(config)
+        cache.check(identities.base, declared_only=True)
+        made_by = {parse_column(column).teacher: i for column, i in identities.columns.items()}
+        columns: dict[str, tuple[str, str]] = {}
+        skipped: dict[str, str] = {}
+        for column in sorted(cache.columns.names(), key=natural_order):
+            name = parse_column(column)
+            if column in identities.columns:
+                cache.columns.check(column, identities.columns[column])
+            elif name.teacher not in made_by:
+                skipped[column] = "no teacher of the config has its name"
+                continue
+            elif not _same_teacher(cache, column, made_by[name.teacher]):
+                skipped[column] = "another teacher made it, or in another precision"
+                continue
+            columns[column] = (name.teacher, name.layer)
+    except DamagedError:  # what is damaged is said when all is read
+        return None
+    return _Recompute(config=identities.config, columns=columns, skipped=skipped)
+
+
+def _recompute(
+    planned: _Recompute, cache: Cache, num_rows: int, progress: Progress
+) -> tuple[Replayed, dict[str, str]]:
     from kdhiera.stages.replay import replay_rows
 
-    identities = identify(config)
-    cache.check(identities.base, declared_only=True)
-    made_by = {parse_column(column).teacher: i for column, i in identities.columns.items()}
-    columns: dict[str, tuple[str, str]] = {}
-    skipped: dict[str, str] = {}
-    for column in cache.columns.names():
-        name = parse_column(column)
-        if column in identities.columns:
-            cache.columns.check(column, identities.columns[column])
-        elif name.teacher not in made_by:
-            skipped[column] = "no teacher of the config has its name"
-            continue
-        elif not _same_teacher(cache, column, made_by[name.teacher]):
-            skipped[column] = "another teacher made it, or in another precision"
-            continue
-        columns[column] = (name.teacher, name.layer)
+    there = set(cache.columns.names())
+    columns = {column: key for column, key in planned.columns.items() if column in there}
     replayed = replay_rows(
-        identities.config, cache, num_rows=num_rows, columns=columns, progress=progress
+        planned.config, cache, num_rows=num_rows, columns=columns, progress=progress
     )
     compared = {column.column for column in replayed.columns}
-    skipped |= {c: "no row of it could be made again" for c in columns if c not in compared}
-    return replayed, skipped
+    none = {c: "no row of it could be made again" for c in columns if c not in compared}
+    return replayed, {**planned.skipped, **none}
 
 
 def _same_teacher(cache: Cache, column: str, other: Mapping[str, Any]) -> bool:
@@ -180,8 +226,8 @@ def _same_teacher(cache: Cache, column: str, other: Mapping[str, Any]) -> bool:
 
 def _recompute_lines(replayed: Replayed, skipped: Mapping[str, str]) -> str:
     lines = [
-        f"recompute {replayed.rows} rows of {replayed.parts} parts: pixels equal in "
-        f"{replayed.pixels_equal}"
+        f"recompute {counted(replayed.rows, 'row')} of {counted(replayed.parts, 'part')}: pixels "
+        f"equal in {replayed.pixels_equal}"
     ]
     if replayed.scores_rows:
         lines.append(
@@ -190,8 +236,8 @@ def _recompute_lines(replayed: Replayed, skipped: Mapping[str, str]) -> str:
         )
     width = max((len(c.column) for c in replayed.columns), default=0)
     lines += [
-        f"          {c.column:<{width}}  {c.rows} rows, worst cosine {c.worst_cosine:.6f}, error "
-        f"{c.error:.1e} of the variance (bound {c.bound:.0e})"
+        f"          {c.column:<{width}}  {counted(c.rows, 'row')}, worst cosine "
+        f"{c.worst_cosine:.6f}, error {c.error:.1e} of the variance (bound {c.bound:.0e})"
         for c in replayed.columns
     ]
     lines += [f"          {column}: left out, {why}" for column, why in skipped.items()]

@@ -3,8 +3,12 @@ import uuid
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from kdhiera.demo.prepare import Prepared, prepare
+
+settings.register_profile("kdhiera", deadline=None)  # tests never assert on time
+settings.load_profile("kdhiera")
 
 REPOSITORY = Path(__file__).parents[1]
 

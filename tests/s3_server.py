@@ -7,6 +7,8 @@ import http.client
 import re
 import socket
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
@@ -24,15 +26,29 @@ KEYS = {
 
 @dataclass
 class Fault:
-    """What happens to some PUTs.
+    """What happens to some requests.
 
     `lost`: done, and the connection is cut before the answer. `refused`: 503, not done.
+    `conflict`: 409, not done. `cut`: the connection is cut in the middle of the body that is
+    sent (PUT) or answered (GET). `slow`: done after a second. `unconditional`: done whatever
+    its conditions say.
     """
 
     kind: str
     pattern: str
     times: int
+    method: str
     hits: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as it came in; `range` is what it asked for of an object."""
+
+    method: str
+    path: str
+    range: str | None
+    num_bytes: int
 
 
 class _Quiet(WSGIRequestHandler):
@@ -48,7 +64,11 @@ class Server:
 
     serialised: bool = True
     faults: list[Fault] = field(default_factory=list)
-    requests: list[tuple[str, str]] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    before: Callable[[Request], bool] | None = None
+    """Called with a request that is not done yet; if it says so, it is never done."""
+    after: Callable[[Request], None] | None = None
+    """Called with a PUT that is done and not answered yet."""
 
     def __post_init__(self):
         self._lock = threading.Lock()
@@ -72,36 +92,67 @@ class Server:
         client.create_bucket(Bucket=name)
         client.close()
 
-    def fault(self, kind, pattern, times=1):
-        """Let the next `times` PUTs of matching keys fail."""
-        fault = Fault(kind=kind, pattern=pattern, times=times)
+    def fault(self, kind, pattern, times=1, method="PUT"):
+        """Let the next `times` requests for matching keys fail."""
+        fault = Fault(kind=kind, pattern=pattern, times=times, method=method)
         self.faults.append(fault)
         return fault
 
-    def _fault_of(self, path):
+    def asked(self, pattern, method="GET"):
+        """Requests so far for matching keys."""
+        return [r for r in self.requests if r.method == method and re.search(pattern, r.path)]
+
+    def _fault_of(self, method, path):
         with self._lock:
             for fault in self.faults:
-                if fault.hits < fault.times and re.search(fault.pattern, path):
+                wanted = fault.method == method and re.search(fault.pattern, path)
+                if wanted and fault.hits < fault.times:
                     fault.hits += 1
                     return fault.kind
         return None
 
     def _serve(self, environ, start_response):
-        method, path = environ["REQUEST_METHOD"], unquote(environ["PATH_INFO"])
-        self.requests.append((method, path))
-        kind = self._fault_of(path) if method == "PUT" else None
-        if kind == "refused":
-            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            reason = http.client.responses[503]
-            start_response(f"503 {reason}", [("Content-Length", "0")])
+        method = environ["REQUEST_METHOD"]
+        path = unquote(environ["PATH_INFO"].encode("latin-1").decode())
+        num_bytes = int(environ.get("CONTENT_LENGTH") or 0)
+        request = Request(method, path, environ.get("HTTP_RANGE"), num_bytes)
+        self.requests.append(request)
+        if self.before is not None and self.before(request):
+            return self._hang_up(environ, start_response)
+        kind = self._fault_of(method, path)
+        if kind in ("refused", "conflict"):
+            environ["wsgi.input"].read(num_bytes)
+            code = 503 if kind == "refused" else 409
+            start_response(f"{code} {http.client.responses[code]}", [("Content-Length", "0")])
             return [b""]
         if kind == "lost":
             with self._lock:
                 list(self._app(environ, lambda *_: None))
-            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
-            start_response("200 OK", [("Content-Length", "0")])
-            return [b""]
+            return self._hang_up(environ, start_response)
+        if kind == "cut" and method == "PUT":
+            environ["wsgi.input"].read(num_bytes // 2)
+            return self._hang_up(environ, start_response)
+        if kind == "cut":
+            return self._half(environ, b"".join(self._app(environ, start_response)))
+        if kind == "unconditional":
+            environ.pop("HTTP_IF_NONE_MATCH", None)
+        if kind == "slow":
+            time.sleep(1)
         if self.serialised and method == "PUT":
             with self._lock:
-                return list(self._app(environ, start_response))
+                answer = list(self._app(environ, start_response))
+                if self.after is not None:
+                    self.after(request)
+                return answer
         return self._app(environ, start_response)
+
+    @staticmethod
+    def _hang_up(environ, start_response):
+        environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+        start_response("200 OK", [("Content-Length", "0")])
+        return [b""]
+
+    @staticmethod
+    def _half(environ, body):
+        yield body[: len(body) // 2]
+        environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)

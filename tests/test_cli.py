@@ -24,6 +24,7 @@ COMMANDS = [
     ["cache", "ls"],
     ["cache", "drop"],
     ["cache", "gc"],
+    ["cache", "bench-encodings"],
 ]
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 

@@ -19,6 +19,15 @@ def test_every_shipped_config_loads_and_comes_back(path: Path, tmp_path: Path) -
     assert load(again) == config
 
 
+def test_layer_weights_are_by_name() -> None:
+    given = load(DEMO, ["objective.layer_weights.image={6: 0.5, 12: 2}"]).objective
+    dotted = load(
+        DEMO, ["objective.layer_weights.image.6=0.5", "objective.layer_weights.image.12=2"]
+    ).objective
+    assert given == dotted
+    assert given.layer_weights == {"image": {"6": 0.5, "12": 2.0}}
+
+
 def test_overrides_are_yaml_at_dotted_keys() -> None:
     config = load(
         DEMO,
@@ -53,8 +62,27 @@ def test_overrides_are_yaml_at_dotted_keys() -> None:
         ("scores.teacher=imago", "scores.teacher names `imago`, but the teachers are: image"),
         ("objective.teachers=[audio]", "objective.teachers names `audio`"),
         ("objective.layers={image: [7]}", r"asks for \['7'\]"),
+        ("objective.layer_weights={imago: {6: 1}}", "objective.layer_weights names `imago`"),
+        ("objective.layer_weights={image: {7: 1}}", r"image weighs \['7'\], but the layers of im"),
+        ("objective.layer_weights={image: {6: 0, 9: 0, 12: 0}}", "leaves no layer a weight"),
+        ("objective.layer_weights.image.6=-1", "`objective.layer_weights.image.6`: .* got -1"),
+        ("objective.teacher_drop=1.5", "`objective.teacher_drop`"),
+        ("objective.loss=huber", "'cosine' or 'cosine_smooth_l1', got 'huber'"),
+        ("student.head=deep", "'linear' or 'mlp', got 'deep'"),
         ("teachers.image.kind=hub", "`teachers.image.kind`"),
         ("teachers.image.model=null", "kind timm needs `model`"),
+        ("teachers.image.factory=a:b", "a teacher of kind timm has no use for `factory`"),
+        ("teachers.image={kind: transformers, layers: [1]}", "needs `model` or `weights`"),
+        ("teachers.image={kind: hog, weights: x}", "kind hog has no use for `weights`"),
+        ("teachers.image.compile=reduce-overhead", "`teachers.image.compile"),
+        ("teachers.image.std=[1, 0, 1]", "std must be positive"),
+        ("teachers.image.mean=[1, 1]", "`teachers.image.mean"),
+        ("scores.source=attention", "`scores.source`: .*'received_attention'"),
+        ("scores.heads=[-1]", "`scores.heads.0`: .*greater than or equal to 0"),
+        ("scores.heads=[]", "`scores.heads`"),
+        ("scores={teacher: image, source: uniform, heads: [1]}", "scores.heads has no effect"),
+        ("scores={teacher: image, source: feature_norm, heads: [1]}", "heads has no effect"),
+        ("scores={teacher: image, source: uniform, layer: 3}", "scores.layer has no effect"),
         ("teachers.image=null", "teachers.image"),
         ("views.crop_scale=[1.0, 0.5]", "crop_scale must be 0 < low <= high"),
         ("masks.strategies=[]", "masks.strategies"),
@@ -67,6 +95,21 @@ def test_a_wrong_setting_is_one_sentence(override: str, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         load(DEMO, [override])
     assert "\n" not in str(caught.value)
+
+
+def test_teachers_and_scores_say_more_when_asked() -> None:
+    config = load(
+        DEMO,
+        [
+            "scores={teacher: image, source: received_attention, layer: 9, heads: [3, 0, 3]}",
+            "teachers.video={kind: pixels}",
+            "teachers.image.compile=true",
+        ],
+    )
+    assert (config.scores.layer, config.scores.heads) == ("9", (0, 3))
+    assert config.teachers["video"].layers == ("patch",)
+    assert config.teachers["video"].precision == "fp32"
+    assert config.teachers["image"].compile is True
 
 
 def test_wrong_files_are_one_sentence(tmp_path: Path) -> None:

@@ -175,6 +175,16 @@ def test_keep_all_keeps_all() -> None:
     assert everything.kept_units(some_scores(), uid="a", view=0).tolist() == list(range(64))
 
 
+def test_a_ratio_that_hides_nothing_covers_every_mask() -> None:
+    """Of 16 units a ratio of 0.02 rounds to none hidden: any strategy, scope, seed and draw."""
+    bare = plan(entries=(PlannedMasks(strategy=Strategy.TUBE, ratio=0.02, draws=1),))
+    assert bare.kept_units(some_scores(), uid="a", view=0).tolist() == list(range(64))
+    foreign = MaskSpec(strategy=Strategy.RANDOM, scope=Scope.CLIP, ratio=0.5, seed=8)
+    assert not bare.lacks(foreign, draws=9, units_per_slot=16)
+    assert not bare.lacks_plan(plan(keep_all=True), units_per_slot=16)
+    assert bare.lacks(foreign, draws=9, units_per_slot=64)  # hides one of 64
+
+
 @pytest.mark.parametrize(("ratio", "k"), [(0.8, 10), (0.9, 5), (0.0, 49), (0.999, 1)])
 def test_visible_counts_of_the_reference_grid(ratio: float, k: int) -> None:
     assert num_visible(ratio, 49) == k

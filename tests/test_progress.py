@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdhiera.progress import PlainProgress, human_bytes, human_seconds, make_progress
+from kdhiera.progress import PlainProgress, counted, human_bytes, human_seconds, make_progress
 
 
 class Clock:
@@ -201,3 +201,8 @@ def test_sizes_keep_three_digits(count):
 )  # fmt: skip
 def test_durations(seconds, text):
     assert human_seconds(seconds) == text
+
+
+def test_counts_agree_with_their_nouns() -> None:
+    said = [counted(n, noun) for n, noun in ((1, "part"), (0, "part"), (2000, "process"))]
+    assert said == ["1 part", "0 parts", "2,000 processes"]

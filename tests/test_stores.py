@@ -1,17 +1,20 @@
 """One contract for all stores, and what only a bucket can do wrong."""
 
+import http.client
 import multiprocessing
 import pickle
 import socket
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
-import boto3
 import google_crc32c
 import numpy as np
 import pytest
 import tensorstore
+from moto.s3.responses import S3Response
+from s3_server import Server
 
 from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.objects import ObjectStore
@@ -232,31 +235,49 @@ class TestContract:
         assert np.array_equal(tensorstore.open(spec).result().read().result(), data)
 
 
-def test_the_server_used_for_races_lets_exactly_one_win(s3):
-    """32 clients, one key, many rounds: the lock makes moto's conditional PUT one step."""
-    assert winners(s3.url, rounds=15) == [1] * 15
+@pytest.mark.parametrize("serialised", [True, False])
+def test_conditional_puts_of_the_server_are_one_step_behind_its_lock_only(
+    s3, monkeypatch, serialised
+):
+    """moto looks first and writes then; given time between the two, many pass at once.
+
+    That is why races go through the lock: there exactly one of them is told 200.
+    """
+    look = S3Response._get_checksum  # what moto does after it has looked
+
+    def slowly(self, *args):
+        time.sleep(0.02)
+        return look(self, *args)
+
+    monkeypatch.setattr(S3Response, "_get_checksum", slowly)
+    server = s3 if serialised else Server(serialised=False)
+    told = [race_codes(server.address) for _ in range(5)]
+    if serialised:
+        assert told == [[200] + [412] * 7] * 5
+    else:  # 500: overwritten by another while it was being written
+        assert all(sum(code in (200, 500) for code in codes) > 1 for codes in told), told
+        server.stop()
 
 
-def winners(url, *, rounds, clients=32):
-    """How many of `clients` concurrent conditional PUTs are told 200, round by round."""
-    client = boto3.client("s3", endpoint_url=url, region_name="us-east-1")
-    name = f"hammer/{time.time_ns()}"
+def race_codes(address, clients=8):
+    """What each of several conditional PUTs of one key at once is told."""
+    barrier = threading.Barrier(clients)
+    key = f"/bucket/race/{uuid.uuid4().hex}"
+    scope = "testing/20260101/us-east-1/s3/aws4_request"
+    signed = f"AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host, Signature=unchecked"
+    headers = {"If-None-Match": "*", "Authorization": signed}
 
-    def put(key, i):
-        try:
-            client.put_object(Bucket="bucket", Key=key, Body=b"%d" % i, IfNoneMatch="*")
-        except client.exceptions.ClientError as error:
-            if error.response["Error"]["Code"] != "PreconditionFailed":
-                raise
-            return 0
-        return 1
+    def put(number):
+        connection = http.client.HTTPConnection(*address)
+        connection.connect()
+        barrier.wait()
+        connection.request("PUT", key, b"%d" % number, headers)
+        code = connection.getresponse().status
+        connection.close()
+        return code
 
     with ThreadPoolExecutor(clients) as pool:
-        counts = [
-            sum(pool.map(put, [f"{name}/{r}"] * clients, range(clients))) for r in range(rounds)
-        ]
-    client.close()
-    return counts
+        return sorted(pool.map(put, range(clients)))
 
 
 def test_a_lost_answer_to_ours_is_success(s3, bucket_store):
@@ -329,3 +350,55 @@ def test_no_credentials(s3, monkeypatch):
 def test_an_address_without_a_bucket(url):
     with pytest.raises(UsageError, match="names no bucket"):
         ObjectStore(url)
+
+
+def test_a_name_that_another_write_is_busy_with_is_asked_for_again(s3, bucket_store):
+    """S3 answers 409 while another conditional write of the name is not decided."""
+    fault = s3.fault("conflict", "busy-name", times=3)
+    assert bucket_store.create("busy-name", b"1")
+    assert fault.hits == 3
+    assert bucket_store.read("busy-name") == b"1"
+
+
+def test_large_files_are_one_put_each(s3, bucket_store):
+    staged = bucket_store.stage("a")
+    data = {name: bytes([i]) * 9_000_000 for i, name in enumerate("xyz")} | {"small": b"1"}
+    for name, content in data.items():
+        (staged / name).write_bytes(content)
+    s3.requests.clear()
+    files = bucket_store.keep("a", staged)
+    assert {n: size for n, (size, _) in files.items()} == {n: len(d) for n, d in data.items()}
+    assert {n: bucket_store.read(f"a/{n}") for n in data} == data
+    sent = [r for r in s3.requests if r.method in ("PUT", "POST")]
+    assert sorted((r.method, r.num_bytes) for r in sent) == [("PUT", 1), *[("PUT", 9_000_000)] * 3]
+
+
+@pytest.mark.parametrize("url", ["s3://AKIA:secret@bucket/x", "s3://bucket/x?X-Amz-Key=secret"])
+def test_an_address_with_credentials_is_refused_without_showing_them(url):
+    with pytest.raises(UsageError, match="was given with credentials or a query") as caught:
+        open_store(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_ignores_conditions_is_refused(s3, bucket_store, monkeypatch):
+    """Its first success is followed up, before anything relies on it."""
+    monkeypatch.setattr("kdhiera.objects._conditional", set())
+    fault = s3.fault("unconditional", "ignored", times=1000)
+    with pytest.raises(KdhieraError, match="the server ignores conditions on writes"):
+        bucket_store.create("ignored", b"1")
+    assert fault.hits == 2
+    s3.faults.clear()
+    s3.requests.clear()
+    for name in ("first", "second"):
+        assert bucket_store.create(name, name.encode())
+    assert [r.path[-6:] for r in s3.asked("", "PUT")] == ["/first", "/first", "second"]
+
+
+def test_a_folders_names_are_one_listing(s3, bucket_store):
+    for key in ("f/a", "f/b/c"):
+        bucket_store.write(key, b"1")
+    s3.requests.clear()
+    assert bucket_store.names("f") == ["a", "b"]
+    assert bucket_store.folders("f") == ["b"]
+    assert bucket_store.objects("f") == ["a"]
+    assert [r.method for r in s3.requests] == ["GET"] * 3

@@ -1,7 +1,8 @@
 """One array of a part: zarr describes it, tensorstore moves its bytes.
 
-    inner chunk = one row:  [transpose ->] bytes -> blosc(zstd, byte shuffle) -> crc32c
-    Zarr shard  = a block of rows, encoded and written whole, once
+    chunk      = one row, or a block of small rows:
+                 [transpose ->] bytes -> blosc(zstd, byte shuffle) -> crc32c
+    Zarr shard = a block of one-row chunks; any block is encoded and written whole, once
 
 A Zarr shard is never written twice: two writers of one shard, or one writer in two
 goes, can lose rows without an error. A chunk that is not there is an error when it is
@@ -25,8 +26,6 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.layout import ArraySpec
 from kdhiera.cache.records import Commit
-
-_COMPRESSION_LEVEL = 1
 
 
 class ArrayWriter:
@@ -60,8 +59,9 @@ class ArrayWriter:
                 BloscCodec(
                     typesize=dtype.itemsize,
                     cname="zstd",
-                    clevel=_COMPRESSION_LEVEL,
+                    clevel=spec.compression_level,
                     shuffle="shuffle",
+                    blocksize=spec.block_bytes,
                 ),
                 Crc32cCodec(),
             ],
@@ -158,18 +158,52 @@ def create_group(folder: Path, attributes: Mapping[str, object]) -> None:
     zarr.create_group(store=folder, attributes=dict(attributes), zarr_format=3)
 
 
-def open_array(kvstore: Mapping[str, Any], context: Any = None, *, write: bool = False) -> Any:
-    """Open an array with tensorstore.
+def reading_context(pool_bytes: int) -> Any:
+    """What arrays that are read together share.
+
+    Rows that are chunks of their own are decoded for one reader and forgotten: they would
+    only push out what is used again, the indices of Zarr shards and blocks of small rows.
+
+    Args:
+        pool_bytes: Bound on what is kept of those.
+    """
+    pools = {"cache_pool": pool_bytes, "cache_pool#none": 0}
+    return ts.Context({name: {"total_bytes_limit": size} for name, size in pools.items()})
+
+
+def start_opening(kvstore: Mapping[str, Any], context: Any, *, row_chunks: bool) -> Any:
+    """Begin to open an array for reading.
 
     Args:
         kvstore: Of the array's folder, from `Store.kvstore`.
-        context: Shared resources; None takes fresh ones, without a cache.
+        context: From `reading_context`.
+        row_chunks: Whether a row is a chunk of its own.
+
+    Returns:
+        A future, whose `result()` raises `ValueError` if the array's metadata is missing or
+        broken.
+    """
+    pools = {"cache_pool": "cache_pool#none", "metadata_cache_pool": "cache_pool"}
+    spec = {**_spec(kvstore), **(pools if row_chunks else {})}
+    return ts.open(spec, open=True, read=True, context=context)
+
+
+def open_array(kvstore: Mapping[str, Any], *, write: bool = False) -> Any:
+    """Open an array with tensorstore, sharing nothing with others.
+
+    Args:
+        kvstore: Of the array's folder, from `Store.kvstore`.
         write: For writing (not synced) instead of reading.
 
     Raises:
         ValueError: If the array's metadata is missing or broken.
     """
-    spec = {
+    context = ts.Context({"file_io_sync": False})
+    return ts.open(_spec(kvstore), open=True, read=not write, write=write, context=context).result()
+
+
+def _spec(kvstore: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "driver": "zarr3",
         "kvstore": kvstore,
         "fill_missing_data_reads": False,
@@ -177,8 +211,6 @@ def open_array(kvstore: Mapping[str, Any], context: Any = None, *, write: bool =
         "recheck_cached_metadata": False,
         "recheck_cached_data": False,
     }
-    context = context or ts.Context({"file_io_sync": False})
-    return ts.open(spec, open=True, read=not write, write=write, context=context).result()
 
 
 def read_array(cache: Cache, commit: Commit, path: str) -> np.ndarray:

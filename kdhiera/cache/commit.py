@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ from kdhiera.grid import Grid
 from kdhiera.masking import MaskPlan, MaskSpec
 from kdhiera.stores import Store, open_store
 
-_LISTING_THREADS = 8
+_READING_THREADS = 8
+_READ_TOGETHER = 256
 _VIEW = re.compile(r"0|[1-9]\d*")
 _RECORD = re.compile(rf"{COMMITS}/[^/]+/({_VIEW.pattern})/[^/]+\.json")
 
@@ -104,7 +105,8 @@ class Cache:
         if not store.exists(CACHE_FILE):
             if Path(str(url)).is_file():
                 raise UsageError(f"{url} is a file: set cache.dir to a folder")
-            if store.names("") and not _made_for(store, fingerprint(identity)):
+            taken = store.names("") and not store.exists(CACHE_FILE)  # another run's comes first
+            if taken and not _made_for(store, fingerprint(identity)):
                 raise UsageError(
                     f"{url} holds files but no cache, nor commits that this config would have "
                     "made: set cache.dir to a new or empty folder"
@@ -225,14 +227,16 @@ class Cache:
         """
         folder = commit_folder(part)
         keys = [f"{folder}/{n}" for n in self.store.names(folder) if n.endswith(".json")]
-        return self._parse(part, keys)
+        return self._together(part, self._read_some(keys))
 
     def sources(self, shard_id: str) -> list[SourceInfo]:
         """Shard that each committed view of `shard_id` was made from."""
         names = self.store.names(f"{COMMITS}/{shard_id}")
         views = sorted(int(name) for name in names if _VIEW.fullmatch(name))
-        found = (self.part_commits(PartId(shard_id=shard_id, view=view)) for view in views)
-        return [commits.base.source for commits in found if commits is not None]
+        keys = [commit_file(PartId(shard_id=shard_id, view=view), None) for view in views]
+        found = zip(keys, self.store.read_many(keys), strict=True)
+        bases = [self._parse_record(key, data) for key, data in found if data is not None]
+        return [base.source for base in bases if isinstance(base, BaseCommit)]
 
     def missing(self, part: PartId, columns: Sequence[str]) -> Missing:
         """What of a part is not committed yet.
@@ -248,18 +252,45 @@ class Cache:
 
     def records(self) -> dict[PartId, list[str]]:
         """Keys of all commit records there are, by part, in sorted order."""
-        keys = [e.key for e in self.store.walk(COMMITS) if _RECORD.fullmatch(e.key)]
-        split = sorted((_part_of(key), key) for key in keys)
-        return {
-            p: [key for _, key in g] for p, g in itertools.groupby(split, key=lambda item: item[0])
-        }
+        folders: dict[str, list[str]] = {}
+        for entry in self.store.walk(COMMITS):
+            if _RECORD.fullmatch(entry.key):
+                folders.setdefault(entry.key.rpartition("/")[0], []).append(entry.key)
+        found = {_part_of(keys[0]): sorted(keys) for keys in folders.values()}
+        return {part: found[part] for part in sorted(found)}
 
-    def commits(self) -> dict[PartId, PartCommits]:
-        """Everything that is committed now, in sorted order of parts."""
-        records = self.records()
-        with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-            read = pool.map(self._parse, records, records.values())
-            return {p: c for p, c in zip(records, read, strict=True) if c is not None}
+    def commits(self, shards: Collection[str] | None = None) -> dict[PartId, PartCommits]:
+        """Everything that is committed now, in sorted order of parts.
+
+        One listing, and each record read once.
+
+        Args:
+            shards: Shard ids to look at; None looks at all.
+        """
+        wanted = None if shards is None else frozenset(shards)
+        records = {
+            part: keys
+            for part, keys in self.records().items()
+            if wanted is None or part.shard_id in wanted
+        }
+        read = self.read_commits([key for keys in records.values() for key in keys])
+        together = {
+            part: self._together(part, islice(read, len(records[part]))) for part in records
+        }
+        return {part: commits for part, commits in together.items() if commits is not None}
+
+    def read_commits(self, keys: Sequence[str]) -> Iterator[Commit | None]:
+        """Many commit records, in the order of their keys.
+
+        Returns:
+            None for one that is gone, or of a column that the cache does not know (any more).
+
+        Raises:
+            DamagedError: If one is damaged, of another part, or made under another identity.
+        """
+        pieces = [keys[i : i + _READ_TOGETHER] for i in range(0, len(keys), _READ_TOGETHER)]
+        with ThreadPoolExecutor(_READING_THREADS) as pool:
+            yield from chain.from_iterable(pool.map(self._read_some, pieces))
 
     def read_commit(self, key: str) -> Commit | None:
         """One commit record; None for a column that the cache does not know (any more).
@@ -267,13 +298,7 @@ class Cache:
         Raises:
             DamagedError: If it is damaged, of another part, or made under another identity.
         """
-        part = _part_of(key)
-        data = self.store.read(key)
-        try:
-            commit, made_under = parse_commit(data, f"{self.url}/{key}")
-        except DamagedError as error:
-            raise self.damaged(part, str(error)) from None
-        return self._checked(part, key, commit, made_under)
+        return self._parse_record(key, self.store.read(key))
 
     def read_record(self, commit: Commit) -> dict[str, Any]:
         """Body of a commit record, with its list of files.
@@ -410,21 +435,19 @@ class Cache:
             "CONFIG` to make it anew"
         )
 
-    def _parse(self, part: PartId, keys: Iterable[str]) -> PartCommits | None:
+    def _read_some(self, keys: Sequence[str]) -> list[Commit | None]:
+        found = zip(keys, self.store.read_many(keys), strict=True)
+        return [None if data is None else self._parse_record(key, data) for key, data in found]
+
+    def _together(self, part: PartId, commits: Iterable[Commit | None]) -> PartCommits | None:
+        """What is committed of a part, from all its records; None are left out."""
         base: BaseCommit | None = None
         columns: dict[str, ColumnCommit] = {}
-        for key, data in zip(keys, self.store.read_many(keys), strict=True):
-            if data is None:  # dropped since it was listed
-                continue
-            try:
-                commit, made_under = parse_commit(data, f"{self.url}/{key}")
-            except DamagedError as error:
-                raise self.damaged(part, str(error)) from None
-            known = self._checked(part, key, commit, made_under)
-            if isinstance(known, BaseCommit):
-                base = known
-            elif known is not None:
-                columns[known.column] = known
+        for commit in commits:
+            if isinstance(commit, BaseCommit):
+                base = commit
+            elif commit is not None:
+                columns[commit.column] = commit
         if base is None:
             if columns:
                 raise self.damaged(part, f"columns {', '.join(columns)} have no base record")
@@ -434,6 +457,14 @@ class Cache:
                 raise self.damaged(part, f"column {column.column} belongs to another base record")
             self.columns.check_basis(column.column, column.basis_sha256)
         return PartCommits(base=base, columns=columns)
+
+    def _parse_record(self, key: str, data: bytes) -> Commit | None:
+        part = _part_of(key)
+        try:
+            commit, made_under = parse_commit(data, f"{self.url}/{key}")
+        except DamagedError as error:
+            raise self.damaged(part, str(error)) from None
+        return self._checked(part, key, commit, made_under)
 
     def _checked(self, part: PartId, key: str, commit: Commit, made_under: str) -> Commit | None:
         if commit.part != part or key != commit_file(part, commit.column):
@@ -454,12 +485,13 @@ def _part_of(key: str) -> PartId:
     return PartId(shard_id=shard_id, view=int(view))
 
 
-def restoring(url: str | Path) -> str:
+def restoring(url: str | Path, *, damaged: bool = True) -> str:
     """What to do about a `cache.json` that is gone or damaged; nothing else is lost with it."""
+    aside = f"run `kdhiera cache verify {url} --repair`, which sets it aside, then "
+    first = aside if damaged else "run "
     return (
-        f"Restore it from a copy, or run `kdhiera cache verify {url} --repair`, which sets it "
-        "aside, then `kdhiera extract-teachers CONFIG` with the config that the cache was made "
-        "with, which writes it anew and computes nothing twice"
+        f"Restore it from a copy, or {first}`kdhiera extract-teachers CONFIG` with the config "
+        "that the cache was made with, which writes it anew and computes nothing twice"
     )
 
 

@@ -12,7 +12,7 @@ from kdhiera.cache.commit import Cache
 from kdhiera.cache.layout import PartId, column_file, column_folder
 from kdhiera.cache.survey import Record, read_part
 from kdhiera.errors import UsageError
-from kdhiera.progress import human_bytes
+from kdhiera.progress import counted, human_bytes
 
 _THREADS = 8
 
@@ -43,7 +43,7 @@ class Dropped:
         """For people."""
         did, frees = ("dropped", "frees") if self.done else ("would drop", "would then free")
         return (
-            f"{did:<9} {self.column} of {self.cache}: {self.commits:,} parts had it\n"
+            f"{did:<9} {self.column} of {self.cache}: {counted(self.commits, 'part')} had it\n"
             f"next      `kdhiera cache gc {self.cache}` {frees} {human_bytes(self.num_bytes)}"
         )
 

@@ -9,15 +9,15 @@ without a shard being there.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from kdhiera.addresses import matches, redact, scheme_of, without_file_scheme
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.layout import COMMITS, SHARDS, shard_file
-from kdhiera.cache.records import redact, seal, unseal
+from kdhiera.cache.records import seal, unseal
 from kdhiera.errors import DamagedError
 from kdhiera.stores import Store
 
@@ -30,7 +30,7 @@ def expect_shard(cache: Cache, shard_id: str, *, path: str) -> None:
     Args:
         cache: The cache.
         shard_id: Identity of the shard.
-        path: Where it lies now; the latest word counts.
+        path: Where it lies now, a path or an address; the latest word counts.
     """
     write_shard_record(cache.store, shard_id, path=path, when=time.time())
 
@@ -74,7 +74,7 @@ def expected_shards(cache: Cache, patterns: Sequence[str]) -> frozenset[str]:
 
     Args:
         cache: The cache.
-        patterns: Paths and globs, braces expanded; the files need not exist.
+        patterns: Paths, addresses and globs, braces expanded; the files need not exist.
 
     Returns:
         Shard ids. If none matches (the shards were extracted elsewhere, or have moved),
@@ -137,8 +137,10 @@ def _damaged(what: str) -> DamagedError:
 
 
 def _absolute(path: str) -> str:
-    return redact(path) if "://" in path else os.path.abspath(path)
+    if scheme_of(path) in ("", "file:"):
+        return os.path.abspath(without_file_scheme(path))
+    return redact(path)
 
 
 def _matches(path: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(path, pattern) or Path(path) == Path(pattern)
+    return matches(path, pattern) or Path(path) == Path(pattern)

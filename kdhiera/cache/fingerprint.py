@@ -113,6 +113,10 @@ def declared_base(config: RunConfig) -> Identity:
     scores: Identity = {"source": config.scores.source}
     if config.scores.source != "uniform":
         scores["teacher"] = _declared_teacher(config, config.scores.teacher)
+        if config.scores.layer is not None:
+            scores["layer"] = config.scores.layer
+        if config.scores.heads is not None:
+            scores["heads"] = config.scores.heads
     identity: Identity = {
         "format": FORMAT,
         "clip": config.clip.model_dump(),
@@ -211,11 +215,21 @@ def mask_plan_of(identity: Mapping[str, Any]) -> MaskPlan:
 
 
 def _declared_teacher(config: RunConfig, name: str) -> Identity:
-    """A factory's options are left out: they may be paths of this machine."""
+    """What decides features; what is not set is left out.
+
+    So are a factory's options, which may be paths of this machine, and `compile`, which
+    changes the order of sums and no more.
+    """
     teacher = config.teachers[name]
-    if teacher.kind == "timm":
-        return {"kind": teacher.kind, "model": teacher.model}
-    return {"kind": teacher.kind, "factory": teacher.factory}
+    if teacher.kind == "module":
+        return {"kind": teacher.kind, "factory": teacher.factory}
+    settings = {
+        "model": teacher.model,
+        "options": teacher.options or None,
+        "mean": teacher.mean,
+        "std": teacher.std,
+    }
+    return {"kind": teacher.kind, **{k: v for k, v in settings.items() if v is not None}}
 
 
 def _plain(value: object) -> object:

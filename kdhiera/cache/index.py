@@ -1,30 +1,28 @@
 """Which samples a run can train on: numbered over shards, then in the shard's order.
 
-A sample counts if it is good in every view and column asked for. Where nothing of a shard
-is bad its numbers are implicit; otherwise two or three small integers a sample are kept.
+A sample counts if it is good in every view and column asked for. Records name what is bad, so
+that no other file is read, and what is good costs no memory.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int
 
-from kdhiera.cache.arrays import read_array
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.layout import ColumnStatus, PartId, column_group
-from kdhiera.cache.records import PartCommits
+from kdhiera.cache.gaps import Gaps, numbers_in
+from kdhiera.cache.layout import PartId, commit_folder
+from kdhiera.cache.records import BaseCommit, PartCommits
 from kdhiera.cache.snapshot import Snapshot
-from kdhiera.cache.table import read_columns
 from kdhiera.errors import MismatchError
 from kdhiera.views import RowStatus
 
-_THREADS = 8
 _NAMED = 3
+_NO_GAPS = Gaps.of(())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +67,27 @@ class Coverage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardIndex:
-    """Trainable samples of a shard; None stands for 0, 1, 2, ... (nothing is bad)."""
+    """Trainable samples of a shard.
+
+    Args:
+        shard_id: Which shard.
+        num_samples: How many of its samples are good in every view and column.
+        samples: Their places in the shard.
+        rows: Places that have an array row, by view.
+    """
 
     shard_id: str
     num_samples: int
-    ordinals: Int[np.ndarray, " n"] | None
-    array_rows: tuple[Int[np.ndarray, " n"] | None, ...]  # by view
+    samples: Gaps
+    rows: tuple[Gaps, ...]
+
+    def places(self, numbers: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Places in the shard of trainable samples."""
+        return self.samples.nth(numbers)
+
+    def array_rows(self, places: Int[np.ndarray, " n"], view: int) -> Int[np.ndarray, " n"]:
+        """Array rows in a view of the samples at these places."""
+        return self.rows[view].rank(places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +126,7 @@ def build_index(
 
     Raises:
         MismatchError: If something asked for is not committed, or nothing is there.
-        DamagedError: If a record or status is damaged, or views of a shard disagree.
+        DamagedError: If a record is damaged, or views of a shard disagree.
     """
     if snapshot is None:
         found = cache.commits()
@@ -136,8 +149,7 @@ def build_index(
             f"the cache in {cache.url} has no shard with {num_views} views and the columns "
             f"{', '.join(columns) or '(none)'}: run `kdhiera extract-teachers CONFIG`"
         )
-    with ThreadPoolExecutor(_THREADS) as pool:
-        indexed = list(pool.map(lambda views: _index_shard(cache, views, columns), used.values()))
+    indexed = [_index_shard(cache, views, columns) for views in used.values()]
     committed = {view.base.part: view for views in used.values() for view in views}
     return Index(
         parts=committed,
@@ -164,47 +176,38 @@ def _explain_missing(cache: Cache, missing: Mapping[PartId, tuple[str, ...]]) ->
 
 
 def _index_shard(cache: Cache, views: Sequence[PartCommits], columns: Sequence[str]) -> ShardIndex:
-    """Number a shard's trainable samples; files are read only if a row of it is bad."""
+    """Number a shard's trainable samples."""
     first = views[0].base
     for view in views[1:]:
         if view.base.samples_digest != first.samples_digest:
             raise cache.damaged(view.base.part, f"its samples are not those of {first.part}")
-    clean = all(
-        view.base.array_rows == first.num_rows
-        and all(set(view.columns[c].statuses) <= {"ok"} for c in columns)
-        for view in views
-    )
-    if clean:
-        return ShardIndex(
-            shard_id=first.part.shard_id,
-            num_samples=first.num_rows,
-            ordinals=None,
-            array_rows=(None,) * len(views),
-        )
-    rows = np.stack([_good_rows(cache, view, columns) for view in views])
-    ordinals = np.flatnonzero((rows >= 0).all(0)).astype(np.int32)
+    if len({view.base.source.sha256 for view in views} - {None}) > 1:
+        raise MismatchError(_explain_bytes(cache, [view.base for view in views]))
+    rows = tuple(_NO_GAPS if not view.base.bad else Gaps.of(view.base.bad) for view in views)
+    bad = [numbers_in(view.base.bad) for view in views if view.base.bad]
+    bad += [
+        good.nth(numbers_in(view.columns[column].bad))
+        for view, good in zip(views, rows, strict=True)
+        for column in columns
+        if view.columns[column].bad
+    ]
+    samples = Gaps.of_any(bad) if bad else _NO_GAPS
     return ShardIndex(
         shard_id=first.part.shard_id,
-        num_samples=len(ordinals),
-        ordinals=ordinals,
-        array_rows=tuple(np.ascontiguousarray(r) for r in rows[:, ordinals]),
+        num_samples=first.num_rows - len(samples),
+        samples=samples,
+        rows=rows,
     )
 
 
-def _good_rows(
-    cache: Cache, commits: PartCommits, columns: Sequence[str]
-) -> Int32[np.ndarray, " samples"]:
-    """Array row of every sample of a part, -1 where the row or a column of it is bad."""
-    table = read_columns(cache.read_file(commits.base, "rows.parquet"), ["array_row"])
-    rows = table["array_row"].fill_null(-1).to_numpy().astype(np.int32)
-    good = np.ones(commits.base.array_rows, bool)
-    for column in columns:
-        commit = commits.columns[column]
-        if set(commit.statuses) <= {"ok"}:
-            continue
-        status = read_array(cache, commit, f"{column_group(column)}/status")
-        good &= status == ColumnStatus.OK
-    return np.where((rows >= 0) & np.append(good, False)[rows], rows, np.int32(-1))
+def _explain_bytes(cache: Cache, bases: Sequence[BaseCommit]) -> str:
+    made = [f"{b.part} of {b.source.path}, sha256 {str(b.source.sha256)[:12]}" for b in bases]
+    folders = [f"{cache.url}/{commit_folder(base.part)}" for base in bases]
+    return (
+        f"views of one shard were made of different bytes: {'; '.join(made)}. Remove those that "
+        f"are of the wrong ones ({', '.join(folders)}) and run `kdhiera extract-teachers CONFIG` "
+        "with the right shard"
+    )
 
 
 def _coverage(

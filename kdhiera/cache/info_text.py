@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kdhiera.progress import human_bytes, human_seconds
+from kdhiera.progress import counted, human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from kdhiera.cache.info import ColumnInfo, Info, MadeBy
@@ -32,7 +32,7 @@ def screen(info: Info) -> Iterator[str]:
         yield from _made(info.made_by)
     if info.damaged:
         yield (
-            f"damaged   {len(info.damaged):,} records, such as {info.damaged[0]}: run "
+            f"damaged   {counted(len(info.damaged), 'record')}, such as {info.damaged[0]}: run "
             f"`kdhiera cache verify {info.cache}`"
         )
 
@@ -91,7 +91,9 @@ def _scores(identity: Mapping[str, Any]) -> str:
 def _units(info: Info) -> str:
     if info.kept_units is None:
         return f"at most {info.max_kept} of {info.num_units} are kept of a clip"
-    looked = "" if info.kept_from == info.num_parts else f" (seen in {info.kept_from} parts)"
+    looked = (
+        "" if info.kept_from == info.num_parts else f" (seen in {counted(info.kept_from, 'part')})"
+    )
     return (
         f"{info.kept_units:.1f} of {info.num_units} are kept of a clip, at most "
         f"{info.max_kept}{looked}"
@@ -103,8 +105,9 @@ def _holds(info: Info) -> str:
     bad = ", ".join(f"{n:,} {s}" for s, n in info.statuses.items() if s != "ok")
     state = f"{info.statuses.get('ok', 0):,} good, {bad}" if bad else "all good"
     return (
-        f"{info.num_shards:,} shards in {info.num_views} views, {info.num_samples:,} samples: "
-        f"{rows:,} rows" + (f", {state}" if rows else "")
+        f"{counted(info.num_shards, 'shard')} in {counted(info.num_views, 'view')}, "
+        f"{counted(info.num_samples, 'sample')}: {counted(rows, 'row')}"
+        + (f", {state}" if rows else "")
     )
 
 
@@ -161,11 +164,6 @@ def gap_words(gaps: Gaps) -> str:
         first = [f"{part} lacks {', '.join(lacks)}" for part, lacks in missing.items()]
         said.append(f"{counted(len(missing), 'part')} not whole ({some(first, '; ')})")
     return "; ".join(said)
-
-
-def counted(n: int, noun: str) -> str:
-    """A count with its noun, such as `1 part` or `2,000 parts`."""
-    return f"{n:,} {noun}{'' if n == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def _completeness(info: Info) -> str:

@@ -35,6 +35,7 @@ FORMAT = 1
 ZARR_SHARD_ROWS = 128
 ZARR_SHARD_BYTES = 256 * 10**6
 END_BYTES = 4096  # of a chunk file: the index of a Zarr shard and the crc32c of its last chunk
+SMALL_ROW_BYTES = 4096
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _ATTEMPT = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{12}")
 _STAMP = "%Y%m%dT%H%M%SZ"
@@ -90,16 +91,20 @@ class ArraySpec:
         shape: Shape of one row.
         dtype: NumPy name of the type.
         axes: Names of all axes, rows included.
-        row_chunks: Whether a row is a chunk of its own, read alone; otherwise an array
-            is small and chunked by the thousand rows.
+        flags: Whether a row is no more than a flag, and chunks hold a thousand of them.
         order: Order in which the axes of a chunk are stored, rows included; None is theirs.
+        compression_level: Of Blosc's zstd, 1 to 9.
+        block_bytes: Bytes that Blosc compresses at a time, a row by default: smaller and faster
+            than Blosc's own choice.
     """
 
     shape: tuple[int, ...]
     dtype: str
     axes: tuple[str, ...]
-    row_chunks: bool = True
+    flags: bool = False
     order: tuple[int, ...] | None = None
+    compression_level: int = 1
+    block_bytes: int = 2**20
 
     @property
     def row_bytes(self) -> int:
@@ -107,9 +112,17 @@ class ArraySpec:
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
     @property
+    def row_chunks(self) -> bool:
+        """Whether a row is a chunk of its own, read alone; small rows share one, read once.
+
+        A chunk costs its reader as much time as some kB of its content.
+        """
+        return not self.flags and self.row_bytes > SMALL_ROW_BYTES
+
+    @property
     def block_rows(self) -> int:
-        """Rows of a Zarr shard: up to 128 and 256 MB; written whole, once."""
-        if not self.row_chunks:
+        """Rows of a file (a Zarr shard, or one chunk): up to 128 and 256 MB; written once."""
+        if self.flags:
             return 1024
         return max(1, min(ZARR_SHARD_ROWS, ZARR_SHARD_BYTES // max(1, self.row_bytes)))
 
@@ -250,4 +263,4 @@ def base_arrays(grid: Grid, max_kept: int) -> dict[str, ArraySpec]:
     }
 
 
-STATUS = ArraySpec(shape=(), dtype="uint8", axes=("row",), row_chunks=False)
+STATUS = ArraySpec(shape=(), dtype="uint8", axes=("row",), flags=True)

@@ -14,7 +14,7 @@ from kdhiera.cache.info_text import aligned, clip_size, gap_words
 from kdhiera.cache.layout import CACHE_FILE, COMMITS, PARTS
 from kdhiera.cache.totals import find_gaps, sum_up
 from kdhiera.errors import DamagedError, MismatchError, UsageError
-from kdhiera.progress import Progress, human_bytes
+from kdhiera.progress import Progress, counted, human_bytes
 from kdhiera.stores import Store, open_store
 
 _HEAD = ("cache", "state", "clips", "size", "shards", "views", "columns", "last commit")
@@ -132,7 +132,7 @@ def _sum_up(url: str, progress: Progress | None) -> Listed:
     state = "incomplete" if gaps else "complete" if totals.bases else "empty"
     why = gap_words(gaps)
     if totals.damaged:
-        state, why = "damaged", f"{len(totals.damaged):,} records, such as {totals.damaged[0]}"
+        state, why = "damaged", f"{counted(len(totals.damaged), 'record')}: {totals.damaged[0]}"
     return Listed(
         cache=url,
         state=state,

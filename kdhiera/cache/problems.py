@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdhiera.cache.survey import PartRecords, Record
-from kdhiera.progress import human_bytes, human_seconds
+from kdhiera.progress import counted, human_bytes, human_seconds
 from kdhiera.stores import Store
 
 _SHOWN = 20  # lines of one kind; JSON has all of them
@@ -101,7 +101,8 @@ class Verified:
         """For people: what was looked at, what is wrong, what was done about it."""
         return [
             f"cache     {self.cache}",
-            f"checked   {self.parts:,} parts, {self.commits:,} records, {self.files:,} files, "
+            f"checked   {counted(self.parts, 'part')}, {counted(self.commits, 'record')}, "
+            f"{counted(self.files, 'file')}, "
             f"{human_bytes(self.num_bytes)} in {human_seconds(self.seconds)}",
             *_some("problem", [problem.what for problem in self.problems]),
             *_some("removed", self.removed),
@@ -112,7 +113,7 @@ class Verified:
         """For people: how it stands, and what comes next."""
         if not self.problems:
             return ["result    sound"]
-        left = _count(len(self.left), "problem")
+        left = counted(len(self.left), "problem")
         if not self.repaired:
             able = any(problem.mendable for problem in self.problems)
             advice = (
@@ -122,7 +123,7 @@ class Verified:
             )
             return [f"result    {left}; {advice}"]
         mended = len(self.problems) - len(self.left)
-        lines = [f"result    {_count(mended, 'problem')} mended, {len(self.left):,} left"]
+        lines = [f"result    {counted(mended, 'problem')} mended, {len(self.left):,} left"]
         if self.removed:
             lines.append("next      run `kdhiera extract-teachers CONFIG` to fill the cache again")
         return lines
@@ -173,7 +174,3 @@ def _some(name: str, lines: Sequence[str]) -> Iterator[str]:
     yield from (f"{name:<9} {line}" for line in lines[:_SHOWN])
     if len(lines) > _SHOWN:
         yield f"          ... and {len(lines) - _SHOWN:,} more (--json lists them)"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +22,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Float32, Int, Int16
 
-from kdhiera.cache.arrays import open_array, read_array
+from kdhiera.cache.arrays import read_array, reading_context, start_opening
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import Codec
 from kdhiera.cache.index import ShardIndex, build_index
@@ -35,20 +35,20 @@ from kdhiera.cache.layout import (
 from kdhiera.cache.records import BaseCommit, PartCommits
 from kdhiera.cache.rows import KeptRows
 from kdhiera.cache.snapshot import Snapshot, take
-from kdhiera.cache.stats import ChannelStatistics, from_npz, merge
+from kdhiera.cache.stats import ChannelStatistics, from_npz, merge, nothing
 from kdhiera.cache.table import Row, read_columns
 from kdhiera.errors import DamagedError
 
 _OPEN_PARTS = 512
-_INDEX_CACHE_BYTES = 64 * 2**20
+_POOL_BYTES = 128 * 2**20  # indices of Zarr shards and blocks of small rows
 _THREADS = 8
+_OPENING_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _OpenPart:
     uids: Any  # Arrow text array over all rows, good or bad
-    base: Mapping[str, Any]
-    columns: Mapping[str, Mapping[str, Any]]
+    arrays: Mapping[str, Any]  # by `base.zarr/NAME` and `COLUMN/NAME`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ class CacheReader:
 
     def _prepare(self) -> None:
         """What belongs to one process."""
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": _INDEX_CACHE_BYTES}})
+        self._context = reading_context(_POOL_BYTES)
         self._opened: OrderedDict[PartId, _OpenPart] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -181,20 +181,22 @@ class CacheReader:
         wanted = self.columns if columns is None else tuple(columns)
         base = self._empty(base_arrays(self.cache.grid, self.cache.max_kept), len(samples))
         codes = {column: self._empty(self._column_specs(column), len(samples)) for column in wanted}
+        targets = {f"base.zarr/{n}": ts.array(out, copy=False) for n, out in base.items()}
+        for column, arrays in codes.items():
+            targets |= {f"{column}/{n}": ts.array(a, copy=False) for n, a in arrays.items()}
         uids = np.empty(len(samples), object)
         pending: list[tuple[PartId, str, Any]] = []
+        located = {
+            PartId(shard_id=shard.shard_id, view=view): where
+            for shard, *where in self._locate(samples, view)
+        }
+        parts = self._open(located)
         with ts.Batch() as batch:  # reads are submitted together when it closes
-            for shard, places, ordinals, rows in self._locate(samples, view):
-                part = PartId(shard_id=shard.shard_id, view=view)
-                opened = self._open(part)
-                uids[places] = opened.uids.take(ordinals).to_pylist()
-                moves = [(f"base.zarr/{n}", base[n], a) for n, a in opened.base.items()]
-                for column in wanted:
-                    stored = opened.columns[column]
-                    moves += [(f"{column}/{n}", codes[column][n], a) for n, a in stored.items()]
-                for name, out, array in moves:
-                    target = ts.array(out, copy=False)[places]
-                    pending.append((part, name, target.write(array[rows], batch=batch)))
+            for part, (places, ordinals, rows) in located.items():
+                uids[places] = parts[part].uids.take(ordinals).to_pylist()
+                for name, target in targets.items():
+                    stored = parts[part].arrays[name][rows]
+                    pending.append((part, name, target[places].write(stored, batch=batch)))
         for part, name, future in pending:
             try:
                 future.result()
@@ -221,14 +223,33 @@ class CacheReader:
         return [json.loads(text) for text in self._table_values(samples, "labels")]
 
     def statistics(self, column: str) -> ChannelStatistics:
-        """Channel statistics of a column over all tokens of all parts that are read."""
+        """Channel statistics of a column over all tokens, kept or not, of all parts that are read.
 
-        def load(part: PartId) -> ChannelStatistics:
-            commit = self._parts[part].columns[column]
-            return from_npz(self.cache.read_file(commit, "stats.npz"), column)
+        Of every row that was good when the part was made and whose features are finite, those
+        that the column's encoding cannot hold (`overflow`) included: two encodings of a layer
+        have the same statistics.
+        """
+        return self._statistics[column]
 
+    @cached_property
+    def _statistics(self) -> Mapping[str, ChannelStatistics]:
+        """Of all columns, merged in sorted order of parts; a file is read once."""
+        merged = {column: nothing(width) for column, width in self._widths.items()}
         with ThreadPoolExecutor(_THREADS) as pool:
-            return merge(pool.map(load, sorted(self._parts)), self._widths[column])
+            for found in pool.map(self._part_statistics, sorted(self._parts)):
+                for column, more in found.items():
+                    merged[column] = merge((merged[column], more), self._widths[column])
+        return merged
+
+    def _part_statistics(self, part: PartId) -> dict[str, ChannelStatistics]:
+        files: dict[str, bytes] = {}  # by attempt
+        found = {}
+        for column in self.columns:
+            commit = self._parts[part].columns[column]
+            if commit.attempt not in files:
+                files[commit.attempt] = self.cache.read_file(commit, "stats.npz")
+            found[column] = from_npz(files[commit.attempt], column)
+        return found
 
     def codec(self, column: str) -> Codec:
         """How a column that the reader was opened with is stored."""
@@ -254,10 +275,8 @@ class CacheReader:
         for owner in np.unique(owners):
             shard = self._shards[owner]
             places = np.flatnonzero(owners == owner)
-            inside = numbers[places] - self._starts[owner]
-            ordinals = inside if shard.ordinals is None else shard.ordinals[inside]
-            rows = shard.array_rows[view]
-            yield shard, places, ordinals, inside if rows is None else rows[inside]
+            ordinals = shard.places(numbers[places] - self._starts[owner])
+            yield shard, places, ordinals, shard.array_rows(ordinals, view)
 
     def _table_values(self, samples: Int[np.ndarray, " b"], column: str) -> list[Any]:
         values = np.empty(len(samples), object)
@@ -270,15 +289,21 @@ class CacheReader:
     def _read_rows(self, base: BaseCommit, column: str) -> Any:
         return read_columns(self.cache.read_file(base, "rows.parquet"), [column])
 
-    def _open(self, part: PartId) -> _OpenPart:
-        """Handles of a part; its files are checked when it is touched first."""
+    def _open(self, parts: Collection[PartId]) -> dict[PartId, _OpenPart]:
+        """Handles of some parts; the files of one are checked when it is touched first."""
         with self._lock:
-            opened = self._opened.get(part) or self._check_and_open(part)
-            self._opened[part] = opened
-            self._opened.move_to_end(part)
-            if len(self._opened) > _OPEN_PARTS:
+            found = {part: self._opened[part] for part in parts if part in self._opened}
+        missing = [part for part in parts if part not in found]
+        if missing:
+            with ThreadPoolExecutor(min(len(missing), _OPENING_THREADS)) as pool:
+                found |= zip(missing, pool.map(self._check_and_open, missing), strict=True)
+        with self._lock:
+            for part in parts:
+                self._opened[part] = found[part]
+                self._opened.move_to_end(part)
+            while len(self._opened) > _OPEN_PARTS:
                 self._opened.popitem(last=False)
-            return opened
+        return found
 
     def _check_and_open(self, part: PartId) -> _OpenPart:
         commits = self._parts[part]
@@ -286,31 +311,29 @@ class CacheReader:
         if part not in self._checked:
             self.cache.check_files(commits.base, *columns.values())
             self._checked.add(part)
+        folder = f"{self.cache.folder(commits.base)}/base.zarr"
+        opening = {
+            f"base.zarr/{name}": self._start_opening(f"{folder}/{name}", spec)
+            for name, spec in base_arrays(self.cache.grid, self.cache.max_kept).items()
+        }
+        for column, commit in columns.items():
+            folder = f"{self.cache.folder(commit)}/{column_group(column)}"
+            for name, spec in self._column_specs(column).items():
+                opening[f"{column}/{name}"] = self._start_opening(f"{folder}/{name}", spec)
+        uids = self._read_rows(commits.base, "uid")["uid"]
         try:
-            return _OpenPart(
-                uids=self._read_rows(commits.base, "uid")["uid"],
-                base=self._open_arrays(
-                    f"{self.cache.folder(commits.base)}/base.zarr",
-                    base_arrays(self.cache.grid, self.cache.max_kept),
-                ),
-                columns={
-                    column: self._open_arrays(
-                        f"{self.cache.folder(commit)}/{column_group(column)}",
-                        self._column_specs(column),
-                    )
-                    for column, commit in columns.items()
-                },
-            )
+            arrays = {name: future.result() for name, future in opening.items()}
         except ValueError as error:
             raise self._unreadable(part, str(error)) from None
+        return _OpenPart(uids=uids, arrays=arrays)
 
     def _unreadable(self, part: PartId, what: str) -> DamagedError:
         commits = self._parts[part]
         return self.cache.unreadable([commits.base, *commits.columns.values()], what)
 
-    def _open_arrays(self, folder: str, names: Iterable[str]) -> dict[str, Any]:
-        stores = {name: self.cache.store.kvstore(f"{folder}/{name}") for name in names}
-        return {name: open_array(store, self._context) for name, store in stores.items()}
+    def _start_opening(self, folder: str, spec: ArraySpec) -> Any:
+        store = self.cache.store.kvstore(folder)
+        return start_opening(store, self._context, row_chunks=spec.row_chunks)
 
 
 def _width(parts: Mapping[PartId, PartCommits], column: str) -> int:

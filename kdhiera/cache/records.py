@@ -2,20 +2,21 @@
 
 A sealed file is one line of JSON, `{"body":BODY,"sha256":"HEX"}`, with the hash over the
 bytes of BODY. A base record names the files, rows and source of a part; a column record
-names in addition the base record it belongs to by its sha256.
+names in addition the base record it belongs to by its sha256. Both name the rows that are bad
+in them, so that a reader knows its samples when it has read the records.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from kdhiera.cache.fingerprint import canonical_json
+from kdhiera.cache.gaps import Runs
 from kdhiera.cache.layout import PartId
 from kdhiera.errors import DamagedError
 
@@ -55,6 +56,7 @@ class BaseCommit:
         num_rows: Samples, good or bad.
         array_rows: Good samples.
         statuses: Rows by status.
+        bad: Bad rows, by their place in the shard.
         samples_digest: Hash of which samples there are.
         rows_digest: Hash of all that a column depends on.
         num_bytes: Bytes of its files.
@@ -68,6 +70,7 @@ class BaseCommit:
     num_rows: int
     array_rows: int
     statuses: Mapping[str, int]
+    bad: Runs
     samples_digest: str
     rows_digest: str
     num_bytes: int
@@ -92,6 +95,7 @@ class ColumnCommit:
         base_sha256: The base record it belongs to.
         width: Channels.
         statuses: Good rows by column status.
+        bad: Rows that are not ok in this column, by array row.
         num_bytes: Bytes of its files.
         versions: Versions of what made it, as (package, version), sorted.
         basis_sha256: Of the basis it was encoded with; None if its encoding needs none.
@@ -104,6 +108,7 @@ class ColumnCommit:
     base_sha256: str
     width: int
     statuses: Mapping[str, int]
+    bad: Runs
     num_bytes: int
     versions: Versions
     basis_sha256: str | None
@@ -201,7 +206,8 @@ def commit_of(body: Mapping[str, Any], *, sha256: str, path: str) -> tuple[Commi
 
 def _commit(body: Mapping[str, Any], sha256: str) -> tuple[Commit, str]:
     part = PartId(shard_id=body["shard_id"], view=body["view"])
-    num_bytes = sum(size for size, _ in body["files"].values())
+    files, _ = body["files"], body["ends"]  # both are read again where files are checked
+    num_bytes = sum(size for size, _ in files.values())
     versions = _shared(tuple(sorted(body["provenance"].get("versions", {}).items())))
     if body["kind"] == "base":
         source = body["source"]
@@ -212,6 +218,7 @@ def _commit(body: Mapping[str, Any], sha256: str) -> tuple[Commit, str]:
             num_rows=body["num_rows"],
             array_rows=body["array_rows"],
             statuses=body["statuses"],
+            bad=_runs(body["bad"]),
             samples_digest=body["samples_digest"],
             rows_digest=body["rows_digest"],
             num_bytes=num_bytes,
@@ -227,6 +234,7 @@ def _commit(body: Mapping[str, Any], sha256: str) -> tuple[Commit, str]:
         base_sha256=body["base_sha256"],
         width=body["width"],
         statuses=body["statuses"],
+        bad=_runs(body["bad"]),
         num_bytes=num_bytes,
         versions=versions,
         basis_sha256=body.get("basis_sha256"),
@@ -234,15 +242,11 @@ def _commit(body: Mapping[str, Any], sha256: str) -> tuple[Commit, str]:
     return column, body["fingerprint"]
 
 
+def _runs(pairs: Sequence[Sequence[int]]) -> Runs:
+    return tuple((start, stop) for start, stop in pairs)
+
+
 @cache
 def _shared(versions: Versions) -> Versions:
     """One copy of equal versions: a large cache has tens of thousands of records."""
     return versions
-
-
-def redact(path: str) -> str:
-    """A path or URL without credentials, query and fragment."""
-    if "://" not in path:
-        return path
-    url = urlsplit(path)
-    return urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))

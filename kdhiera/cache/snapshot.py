@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from kdhiera.storage import write_atomic
 
 SNAPSHOT_FILE = "cache-snapshot.json"
 
-_THREADS = 8
 _GZIP_ABOVE = 2**20  # bytes of JSON; hashes only shrink to half, small files stay readable
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -80,8 +78,11 @@ class Snapshot:
             for part in sorted(self.parts)
             for column, named in zip((None, *self.columns), self.parts[part], strict=True)
         ]
-        with ThreadPoolExecutor(_THREADS) as pool:
-            found = list(pool.map(lambda item: _find(cache, *item), wanted))
+        keys = [commit_file(part, column) for part, column, _ in wanted]
+        found = [
+            _named(cache, *item, commit)
+            for item, commit in zip(wanted, cache.read_commits(keys), strict=True)
+        ]
         bases = {c.part: c for c in found if isinstance(c, BaseCommit)}
         columns: dict[PartId, dict[str, ColumnCommit]] = {part: {} for part in bases}
         for commit in found:
@@ -159,13 +160,12 @@ def _unpack(data: bytes, path: Path) -> dict[str, Any]:
     return unseal(gzip.decompress(data) if data.startswith(_GZIP_MAGIC) else data, str(path))
 
 
-def _find(cache: Cache, part: PartId, column: str | None, named: Named) -> Commit:
-    what = f"the {'base' if column is None else f'column {column}'} of {part}"
-    try:
-        commit = cache.read_commit(commit_file(part, column))
-    except FileNotFoundError:
-        commit = None
+def _named(
+    cache: Cache, part: PartId, column: str | None, named: Named, commit: Commit | None
+) -> Commit:
+    """The commit that stands where one was named, refused if it is not that one."""
     if commit is None or (commit.attempt, commit.sha256) != named:
+        what = f"the {'base' if column is None else f'column {column}'} of {part}"
         state = "is gone" if commit is None else "was replaced by another one"
         raise MismatchError(
             f"this run began with {what} (attempt {named[0]}), which {state} in the cache in "

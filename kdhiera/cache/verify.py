@@ -35,12 +35,13 @@ from kdhiera.cache.records import BaseCommit, ColumnCommit
 from kdhiera.cache.survey import PartRecords, Record, survey_part
 from kdhiera.errors import DamagedError
 from kdhiera.progress import Progress, human_bytes
-from kdhiera.stores import open_store
+from kdhiera.stores import Store, open_store
 
 if TYPE_CHECKING:
     from kdhiera.cache.encoding import Codec
 
 _THREADS = 8
+_REMOTE_THREADS = 32  # a bucket answers slowly, and many at once
 _LOOKS = 5  # at a part whose records change while it is looked at
 _NAMED = 8  # files of a part that are named one by one: all of a cache's may be gone
 _REPORT_SECONDS = 0.5
@@ -58,7 +59,7 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> Verified:
     parts = list(cache.records())
     known = _Known(cache)
     report = _Report(progress, len(parts))
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(_REMOTE_THREADS if "://" in cache.url else _THREADS) as pool:
         checked = list(pool.map(partial(_check_part, cache, known, report), parts))
     report.finish()
     found = [problem for part in checked for problem in part.problems]
@@ -86,21 +87,26 @@ def verify_at(url: str | Path, *, progress: Progress | None = None) -> Verified:
         MismatchError: If it has another format version.
     """
     store = open_store(url)
-    lost = not store.exists(CACHE_FILE) and bool(store.names(COMMITS))
+    if not store.exists(CACHE_FILE) and store.names(COMMITS):
+        return _unopened(store, f"{url}/{CACHE_FILE} is missing. {restoring(url, damaged=False)}")
     try:
-        if not lost:
-            return verify(Cache.open(url), progress=progress)
-        what = f"{url}/{CACHE_FILE} is missing. {restoring(url)}"
+        cache = Cache.open(url)
     except DamagedError as error:
-        what = str(error)
+        return _unopened(store, str(error))
+    return verify(cache, progress=progress)
+
+
+def _unopened(store: Store, what: str) -> Verified:
+    """Nothing can be said of a cache whose identity cannot be believed but that."""
+    found = sha256_of(store, CACHE_FILE)
     problem = Problem(
         what=what,
         where=CACHE_FILE,
-        drops=() if lost else (CACHE_FILE,),
-        evidence={CACHE_FILE: sha256_of(store, CACHE_FILE)},
+        drops=() if found is None else (CACHE_FILE,),
+        evidence={CACHE_FILE: found},
     )
     return Verified(
-        cache=str(url), parts=0, commits=0, files=0, num_bytes=0, seconds=0.0, problems=(problem,)
+        cache=store.url, parts=0, commits=0, files=0, num_bytes=0, seconds=0.0, problems=(problem,)
     )
 
 

@@ -29,9 +29,11 @@ import torch
 from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
+from kdhiera.addresses import redact
 from kdhiera.cache.arrays import ArrayWriter, create_group, read_array
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import Codec
+from kdhiera.cache.gaps import runs_of
 from kdhiera.cache.layout import (
     ATTEMPT_FILE,
     END_BYTES,
@@ -47,7 +49,7 @@ from kdhiera.cache.layout import (
     new_attempt,
     parse_column,
 )
-from kdhiera.cache.records import BaseCommit, SourceInfo, redact, seal
+from kdhiera.cache.records import BaseCommit, SourceInfo, seal
 from kdhiera.cache.stats import ChannelStatistics, merge, to_npz
 from kdhiera.cache.table import Row, count_statuses, rows_digest, samples_digest, to_parquet
 from kdhiera.errors import KdhieraError, MismatchError
@@ -93,7 +95,7 @@ class _ColumnWriter:
         self.codec = codec
         self.basis_sha256 = basis_sha256
         self.num_rows = 0
-        self.statuses = np.zeros(len(ColumnStatus), np.int64)
+        self.statuses: list[UInt8[np.ndarray, " n"]] = []
         self.statistics = merge((), width)
 
 
@@ -105,15 +107,13 @@ class Attempt:
     Args:
         cache: Where to write; it must know the columns (`Columns.ensure`) and their bases.
         part: Which part.
-        source: The shard as it is read now.
+        source: The shard; its hash may be known only when all of it has been read.
         columns: Width of every column to write, by column id.
         base: The committed base to add columns to, features being appended in its array
             order; None writes rows and base itself.
         provenance: Versions and the like, recorded with every commit.
         lease_seconds: After this long the attempt may not publish any more.
 
-    Raises:
-        MismatchError: If the shard's bytes are not those that another view was made of.
     """
 
     def __init__(
@@ -133,7 +133,6 @@ class Attempt:
         self._rows: list[Row] = []
         self._units: list[Int[np.ndarray, " k"]] = []  # of every good row
         self._kept_crc32c: list[int] = []
-        _refuse_changed_source(cache, part, source)
         self._bound_to = base
         if base:
             assert base.part == part, (base.part, part)
@@ -233,7 +232,7 @@ class Attempt:
             for name, values in encoded.arrays.items():
                 target.arrays[name].append(values.cpu().numpy())
             target.arrays["status"].append(status)
-        target.statuses += np.bincount(status, minlength=len(ColumnStatus))
+        target.statuses.append(status)
         target.num_rows = stop
 
     def append_statistics(self, column: str, statistics: ChannelStatistics) -> None:
@@ -241,8 +240,9 @@ class Attempt:
 
         Args:
             column: Column id.
-            statistics: Of *all* tokens of more good rows, before units were picked, rows
-                that are not ok in this column left out.
+            statistics: Of *all* tokens of more good rows, before units were picked. Rows
+                that `overflow` count: statistics are of what the teacher says, whatever
+                the encoding; rows that are not finite or were not replayed do not.
 
         Raises:
             ValueError: If they are not finite.
@@ -252,16 +252,23 @@ class Attempt:
         target = self._columns[column]
         target.statistics = merge((target.statistics, statistics), target.width)
 
-    def commit(self) -> CommitResult:
+    def commit(self, *, source_sha256: str | None = None) -> CommitResult:
         """Write what is left, verify everything, and publish it.
+
+        Args:
+            source_sha256: Of the shard as it was read; None if `source` said it.
 
         Returns:
             What was published; the rest of the part is another attempt's.
 
         Raises:
+            MismatchError: If the shard's bytes are not those that another view, or the
+                base, was made of. Nothing was published then.
             KdhieraError: If what was written does not read back, the disk is full, or the
                 lease has run out. Nothing was published then.
         """
+        self._source = replace(self._source, sha256=source_sha256 or self._source.sha256)
+        _refuse_changed_source(self.cache, self.part, self._source)
         with self._writing():
             written = self._finish()
             self._verify()
@@ -443,6 +450,7 @@ class Attempt:
             "num_rows": len(self._rows),
             "array_rows": self.num_good,
             "statuses": count_statuses(self._rows),
+            "bad": runs_of(np.array([row.status is not RowStatus.OK for row in self._rows], bool)),
             "samples_digest": samples_digest(self._rows),
             "rows_digest": self._rows_digest,
             **self._named(_base_files(files)),
@@ -456,6 +464,8 @@ class Attempt:
     def _publish_column(self, column: str, files: Files, base: BaseCommit) -> bool:
         """Publish a column unless there is one; returns whether it is this attempt's."""
         target = self._columns[column]
+        statuses = np.concatenate([np.empty(0, np.uint8), *target.statuses])
+        counts = np.bincount(statuses, minlength=len(ColumnStatus))
         body = {
             **self._record("column", self.cache.columns.fingerprint(column)),
             "column": column,
@@ -463,9 +473,10 @@ class Attempt:
             "width": target.width,
             "statuses": {
                 status.name.lower(): int(count)
-                for status, count in zip(ColumnStatus, target.statuses, strict=True)
+                for status, count in zip(ColumnStatus, counts, strict=True)
                 if count
             },
+            "bad": runs_of(statuses != ColumnStatus.OK),
             "basis_sha256": target.basis_sha256,
             **self._named(_column_files(files, column)),
         }
@@ -561,12 +572,25 @@ def file_ends(folder: Path) -> dict[str, int]:
     return ends
 
 
+def _committed_base(cache: Cache, part: PartId) -> BaseCommit:
+    """The base that is there, read by its name: a listing may be late."""
+    try:
+        base = cache.read_commit(commit_file(part, None))
+    except FileNotFoundError:
+        raise KdhieraError(
+            f"part {part} was removed from the cache while it was being extracted; run the same "
+            "command again"
+        ) from None
+    assert isinstance(base, BaseCommit), base
+    return base
+
+
 def _refuse_changed_source(cache: Cache, part: PartId, source: SourceInfo) -> None:
     """Views of one shard must come from the same bytes."""
     for known in cache.sources(part.shard_id):
         if source.sha256 and known.sha256 and source.sha256 != known.sha256:
             raise MismatchError(
-                f"source_changed: {redact(source.path)} has the index of shard {part.shard_id} "
+                f"source_changed: {source.path} has the index of shard {part.shard_id} "
                 f"but other bytes (sha256 {source.sha256[:12]}, and the cache was made of "
                 f"{known.sha256[:12]} from {known.path}): restore the shard, or set cache.dir to "
                 "another folder"

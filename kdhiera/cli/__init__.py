@@ -42,6 +42,7 @@ app.add_typer(
             "kdhiera cache ls caches",
             "kdhiera cache drop caches/demo image.9.int8",
             "kdhiera cache gc caches/demo --yes",
+            "kdhiera cache bench-encodings configs/demo.yaml",
         ),
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -197,3 +198,34 @@ def cache_gc(
     emit(found, found.describe, as_json)
     if found.problems:
         raise typer.Exit(ExitCode.FAILED)
+
+
+@command(
+    "bench-encodings",
+    "kdhiera cache bench-encodings configs/demo.yaml",
+    "kdhiera cache bench-encodings configs/demo.yaml cache.compact_error=0.01 --clips 256",
+    to=cache_app,
+)
+def cache_bench_encodings(
+    config: Config,
+    overrides: Overrides = None,
+    clips: Annotated[
+        int, typer.Option("--clips", min=4, max=100_000, help="Clips; half of them calibrate.")
+    ] = 128,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the plot; the run's encodings/.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure every encoding on clips of the config's shards through its teachers.
+
+    Stored bits, errors, nearest neighbours and speed, and a plot of rate against distortion;
+    needs no cache and writes nothing into one.
+    """
+    run = load(config, overrides)
+    from kdhiera.progress import make_progress
+    from kdhiera.stages.bench_encodings import bench_encodings
+
+    with make_progress() as progress:
+        bench = bench_encodings(run, num_clips=clips, folder=out, progress=progress)
+    emit(bench, bench.describe, as_json)

@@ -17,6 +17,7 @@ run_app = typer.Typer()
     "kdhiera extract-teachers configs/demo.yaml",
     "kdhiera extract-teachers configs/demo.yaml --dry-run",
     "kdhiera extract-teachers configs/demo.yaml 'data.shards=/data/k400-{000..099}.tar'",
+    "kdhiera extract-teachers configs/demo.yaml 'data.shards=s3://videos/k400-*.tar'",
     to=run_app,
 )
 def extract_teachers(

@@ -1,77 +1,35 @@
 """WebDataset tar shards: what lies where in them, and the samples read from there.
 
-A shard is indexed first, from its headers alone: a tar that is cut off or damaged looks
-like a shorter one to a streaming reader, which stops without a word and mixes samples that
-share a key. The index knows every member's place, says what is wrong with the file, and
-is what samples are read by. Keys are names of samples and never paths.
+A shard is indexed first, from its headers alone (`tars`): the index knows every member's
+place, says what is wrong with the file, and is what samples are read by. Keys are names of
+samples and never paths.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import json
 import os
 import re
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
-from urllib.parse import unquote
+from types import TracebackType
+from typing import cast
 
+import google_crc32c
+
+from kdhiera.addresses import scheme_of
 from kdhiera.data.clip import shown
-from kdhiera.errors import DamagedError, UsageError
+from kdhiera.data.ranges import REQUEST_BYTES, Forward, Ranged, SourceError, open_ranged
+from kdhiera.data.tars import BLOCK_BYTES, Member, SampleRef, ShardError, read_headers
+from kdhiera.stores import FileVersion
 from kdhiera.views import RowStatus
 
-_BLOCK_BYTES = 512
-_END_BYTES = 2 * _BLOCK_BYTES  # two blocks of zeros end an archive
 _LABEL_BYTES = 2**20
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
-_META = re.compile(r"__[^/]*__($|/)")  # webdataset's own members
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_COMPRESSED_NAMES = (".tgz", ".gz", ".bz2", ".xz", ".zst", ".zip")
-
-
-class ShardError(UsageError):
-    """A file that is no tar shard at all."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Member:
-    """A file of a sample.
-
-    Args:
-        extension: Lower case, all that follows the key's dot (`mp4`, `left.jpg`).
-        offset: Where its bytes start in the shard.
-        num_bytes: How many there are.
-    """
-
-    extension: str
-    offset: int
-    num_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SampleRef:
-    """Where a sample lies.
-
-    Args:
-        key: Name of the sample; need not be unique.
-        ordinal: Number of the sample in its shard, 0 upwards, in tar order.
-        offset: Where its first header starts in the shard.
-        num_bytes: From there to the end of its last member.
-        members: Its files, in tar order.
-    """
-
-    key: str
-    ordinal: int
-    offset: int
-    num_bytes: int
-    members: tuple[Member, ...]
+_INDEXERS = 32  # a bucket takes its time to answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,18 +37,24 @@ class ShardIndex:
     """What a shard holds, by its headers.
 
     Args:
-        path: Local path.
-        shard_id: `<stem>-<12 hex digits of the index's digest>`; safe as a file name.
-        num_bytes: Size of the file.
+        path: Absolute path or `s3://` address.
+        shard_id: `<stem>-<12 hex digits of the index's digest>`; safe as a file name, and the
+            same wherever the shard lies.
+        version: Which file was indexed.
         samples: In tar order.
         problems: What is wrong with the file, one line each.
     """
 
     path: str
     shard_id: str
-    num_bytes: int
+    version: FileVersion
     samples: tuple[SampleRef, ...]
     problems: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return self.version.num_bytes
 
     def uid(self, sample: SampleRef) -> str:
         """Identity of a sample: the same wherever the shard lies, also if keys repeat."""
@@ -124,62 +88,41 @@ class Sample:
     message: str
 
 
-def expand(patterns: Sequence[str]) -> list[str]:
-    """Paths of the shards that patterns name.
+def try_index_shards(paths: Sequence[str]) -> Iterator[ShardIndex | ShardError]:
+    """The index of each shard, or why it has none; some are made at once.
 
     Args:
-        patterns: Local paths or `file://` addresses, with braces (`{000..099}`, `{train,val}`)
-            and globs (`*`, `?`, `[..]`, `**`).
+        paths: From `patterns.expand`.
 
-    Returns:
-        Absolute paths in the order of the patterns (globs sorted), each file once.
+    Yields:
+        What `index_shard` returns or raises, in the order of the paths.
+    """
+
+    def index(path: str) -> ShardIndex | ShardError:
+        try:
+            return index_shard(path)
+        except ShardError as error:
+            return error
+
+    with ThreadPoolExecutor(_INDEXERS) as pool:
+        yield from pool.map(index, paths)
+
+
+def index_shards(paths: Sequence[str]) -> list[ShardIndex]:
+    """The indices of shards, all of which must have one.
+
+    Args:
+        paths: From `patterns.expand`.
 
     Raises:
-        UsageError: If a pattern matches nothing or names another scheme or a compressed file.
+        ShardError: For the first that cannot be read or is no tar archive.
     """
-    found: dict[str, str] = {}
-    for pattern in patterns:
-        for path in expand_braces(_local(pattern)):
-            matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-            if not matches:
-                raise UsageError(
-                    f"data.shards: no file matches '{shown(path)}' (of '{shown(pattern)}', looked "
-                    f"in {os.getcwd()}): correct the path or the braces"
-                )
-            for match in matches:
-                if match.lower().endswith(_COMPRESSED_NAMES):
-                    raise UsageError(
-                        f"data.shards: '{shown(match)}' is compressed; shards are read by offset, "
-                        "so unpack it to a plain .tar (videos hardly shrink)"
-                    )
-                found.setdefault(os.path.realpath(match), os.path.abspath(match))
-    return list(found.values())
-
-
-def _local(pattern: str) -> str:
-    if pattern.startswith("file://"):
-        return unquote(pattern.removeprefix("file://"))
-    if scheme := _SCHEME.match(pattern):
-        raise UsageError(
-            f"data.shards: '{shown(pattern)}' has the scheme '{scheme.group()}'; only local paths "
-            "and file:// are read: mount or download the shards"
-        )
-    return pattern
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Every path that a pattern's braces stand for; the files need not exist."""
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    if numbers := _NUMBERS.fullmatch(match[1]):
-        first, last = int(numbers[1]), int(numbers[2])
-        step = 1 if first <= last else -1
-        words = [f"{i:0{len(numbers[1])}d}" for i in range(first, last + step, step)]
-    else:
-        words = match[1].split(",")
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [path for word in words for path in expand_braces(head + word + tail)]
+    indices = []
+    for index in try_index_shards(paths):
+        if isinstance(index, ShardError):
+            raise index
+        indices.append(index)
+    return indices
 
 
 def shard_stem(path: str) -> str:
@@ -191,7 +134,7 @@ def index_shard(path: str) -> ShardIndex:
     """Read the headers of a shard and hold them against the file.
 
     Args:
-        path: Local path of a tar file.
+        path: Local path or `s3://` address of a tar file.
 
     Returns:
         The index of all that can be read; what cannot is among its problems.
@@ -199,116 +142,93 @@ def index_shard(path: str) -> ShardIndex:
     Raises:
         ShardError: If the file cannot be read, is empty, compressed, or no tar archive.
     """
-    from webdataset.tariterators import base_plus_ext  # imports torch: seconds
-
     try:
-        with open(path, "rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            members, problems = _headers(file, num_bytes)
+        with closing(open_ranged(path)) as file:
+            version = file.version
+            samples, digest, problems = read_headers(file)
+    except SourceError as error:
+        raise ShardError(str(error)) from error
     except ShardError as error:
         raise ShardError(f"{shown(path)} {error}") from error
-    except OSError as error:
-        raise ShardError(f"{shown(path)} cannot be read: {error.strerror}") from error
-    digest = hashlib.sha256()
-    for info in members:
-        digest.update(f"{info.name!r} {info.offset} {info.size} {info.chksum}\n".encode())
-    samples = _group(members, base_plus_ext)
     repeated = sum(count - 1 for count in Counter(sample.key for sample in samples).values())
     if repeated:
         problems.append(f"duplicate_keys: {repeated} samples have the key of an earlier one")
     if not samples:
         problems.append("no_samples: the archive holds no sample")
     return ShardIndex(
-        path=os.path.abspath(path),
-        shard_id=f"{shard_stem(path)}-{digest.hexdigest()[:12]}",
-        num_bytes=num_bytes,
+        path=path if scheme_of(path) == "s3:" else os.path.abspath(path),
+        shard_id=f"{shard_stem(path)}-{digest[:12]}",
+        version=version,
         samples=tuple(samples),
         problems=tuple(problems),
     )
 
 
-def _headers(file: BinaryIO, num_bytes: int) -> tuple[list[tarfile.TarInfo], list[str]]:
-    """The whole regular members of an archive, and what is wrong with the rest."""
-    head = file.read(_BLOCK_BYTES)
-    for magic, name in _COMPRESSED.items():
-        if head.startswith(magic):
-            raise ShardError(f"is compressed ({name}): unpack it to a plain .tar")
-    file.seek(0)
-    members: list[tarfile.TarInfo] = []
-    skipped = 0
-    problems: list[str] = []
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - owns nothing but the list
-    except tarfile.TarError as error:
-        start = shown(head[:16].decode("latin-1"))
-        reason = f"starts with '{start}'" if head else "is empty"
-        raise ShardError(f"is no tar archive ({num_bytes} bytes, {reason}): {error}") from error
-    at = -1
-    try:
-        while (info := tar.next()) is not None:
-            if info.size < 0 or tar.offset <= at:
-                raise tarfile.ReadError("a size that makes no sense")
-            if info.isreg() and info.offset_data + info.size > num_bytes:
-                raise tarfile.ReadError(f"the file ends inside member '{shown(info.name)}'")
-            at = tar.offset
-            if not info.isreg() or info.issparse():
-                skipped += not info.isdir()
-            elif not _META.match(info.name):
-                members.append(info)
-        problems += _check_end(file, tar.offset, num_bytes)
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError) as error:
-        problems.append(_truncated(tar.offset, num_bytes, str(error)))
-    if skipped:
-        problems.append(f"skipped_members: {skipped} members are links, sparse or special files")
-    return members, problems
+class ShardPass:
+    """One reading of a whole shard, front to back; a context manager.
+
+    Args:
+        index: Of the shard.
+        video_extensions: Members with these extensions are videos; the first that a sample has.
+        label_extensions: Of `json`, `cls` and `txt`: where labels are taken from.
+        max_video_bytes: Larger videos are passed over and become `decode_limit`.
+        hashed: Whether `sha256` will be asked for.
+
+    Raises:
+        SourceError: If the file cannot be read, or is not the one that was indexed.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        *,
+        video_extensions: Sequence[str],
+        label_extensions: Sequence[str] = ("json", "cls"),
+        max_video_bytes: int | None = None,
+        hashed: bool = True,
+    ) -> None:
+        self._index = index
+        self._reading = video_extensions, label_extensions, max_video_bytes
+        file = open_ranged(index.path, version=index.version)
+        self._file = Forward(file, hashed=hashed)
+
+    def __enter__(self) -> ShardPass:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def samples(self) -> Iterator[Sample]:
+        """Every sample, good or bad, in tar order; to be called once.
+
+        Raises:
+            SourceError: If the file cannot be read, or is not the one that was indexed.
+        """
+        for ref in self._index.samples:
+            yield _read(self._file, self._index, ref, *self._reading)
+
+    def sha256(self) -> str:
+        """Hash of all bytes of the shard, those that the samples were made of among them.
+
+        Raises:
+            SourceError: If the file cannot be read, or is not the one that was indexed.
+        """
+        return self._file.sha256()
 
 
-def _check_end(file: BinaryIO, offset: int, num_bytes: int) -> list[str]:
-    """Whether an archive ends as archives do, after the last header that could be read."""
-    file.seek(offset)
-    end = file.read(_END_BYTES)
-    if end.strip(b"\0"):
-        return [_truncated(offset, num_bytes, "the header there cannot be read")]
-    if len(end) < _END_BYTES:
-        return [_truncated(offset, num_bytes, "no end-of-archive blocks follow")]
-    while block := file.read(2**20):
-        if block.strip(b"\0"):
-            return [f"trailing_data: {num_bytes - offset} bytes follow the end of the archive"]
-    return []
+def shard_sha256(index: ShardIndex) -> str:
+    """Hash of all bytes of a shard, as hex digits.
 
-
-def _truncated(offset: int, num_bytes: int, reason: str) -> str:
-    return f"shard_truncated: readable up to byte {offset} of {num_bytes}: {reason}"
-
-
-def _group(
-    members: Sequence[tarfile.TarInfo], split: Callable[[str], tuple[str | None, str | None]]
-) -> list[SampleRef]:
-    """Neighbours that share a key, as webdataset groups them; a second extension starts anew."""
-    groups: list[tuple[str, list[tuple[tarfile.TarInfo, str]]]] = []
-    for info in members:
-        name = info.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        key, extension = split(name)
-        if key is None or extension is None:
-            continue
-        extension = extension.lower()
-        repeats = groups and extension in (found for _, found in groups[-1][1])
-        if not groups or groups[-1][0] != key or repeats:
-            groups.append((key, []))
-        groups[-1][1].append((info, extension))
-    return [
-        SampleRef(
-            key=key,
-            ordinal=ordinal,
-            offset=files[0][0].offset,
-            num_bytes=files[-1][0].offset_data + files[-1][0].size - files[0][0].offset,
-            members=tuple(
-                Member(extension=extension, offset=info.offset_data, num_bytes=info.size)
-                for info, extension in files
-            ),
-        )
-        for ordinal, (key, files) in enumerate(groups)
-    ]
+    Raises:
+        SourceError: If the file cannot be read, or is not the one that was indexed.
+    """
+    with closing(Forward(open_ranged(index.path, version=index.version), hashed=True)) as file:
+        return file.sha256()
 
 
 def read_shard(
@@ -318,24 +238,15 @@ def read_shard(
     label_extensions: Sequence[str] = ("json", "cls"),
     max_video_bytes: int | None = None,
 ) -> Iterator[Sample]:
-    """Every sample of a shard, good or bad, in tar order.
-
-    Args:
-        index: Of the shard.
-        video_extensions: Members with these extensions are videos; the first that a sample has.
-        label_extensions: Of `json`, `cls` and `txt`: where labels are taken from.
-        max_video_bytes: Larger videos are not read and become `decode_limit`.
-
-    Yields:
-        Samples.
-
-    Raises:
-        DamagedError: If the file is not the one that was indexed.
-        OSError: If the file cannot be read.
-    """
-    with _open(index) as file:
-        for ref in index.samples:
-            yield _read(file, index, ref, video_extensions, label_extensions, max_video_bytes)
+    """Every sample of a shard, good or bad, in tar order; see `ShardPass`."""
+    with ShardPass(
+        index,
+        video_extensions=video_extensions,
+        label_extensions=label_extensions,
+        max_video_bytes=max_video_bytes,
+        hashed=False,
+    ) as shard:
+        yield from shard.samples()
 
 
 def read_sample(
@@ -346,64 +257,54 @@ def read_sample(
     label_extensions: Sequence[str] = ("json", "cls"),
     max_video_bytes: int | None = None,
 ) -> Sample:
-    """One sample of a shard; see `read_shard`.
+    """One sample of a shard, by as few reads as its members lie apart.
 
     Args:
         index: Of the shard.
         ordinal: Which of `index.samples`.
-        video_extensions: As for `read_shard`.
-        label_extensions: As for `read_shard`.
-        max_video_bytes: As for `read_shard`.
+        video_extensions: As for `ShardPass`.
+        label_extensions: As for `ShardPass`.
+        max_video_bytes: As for `ShardPass`.
 
     Raises:
-        DamagedError: If the file is not the one that was indexed.
-        OSError: If the file cannot be read.
+        SourceError: If the file cannot be read, or is not the one that was indexed.
     """
     ref = index.samples[ordinal]
-    with _open(index) as file:
+    with closing(open_ranged(index.path, version=index.version)) as file:
         return _read(file, index, ref, video_extensions, label_extensions, max_video_bytes)
 
 
-def _open(index: ShardIndex) -> BinaryIO:
-    file = open(index.path, "rb")  # noqa: SIM115 - the caller's with closes it
-    size = os.fstat(file.fileno()).st_size
-    if size == index.num_bytes:
-        return file
-    file.close()
-    raise DamagedError(
-        f"{index.path} has {size} bytes and had {index.num_bytes} when it was indexed: "
-        "leave shards alone while they are read, and run the same command again"
-    )
-
-
 def _read(
-    file: BinaryIO,
+    file: Ranged,
     index: ShardIndex,
     ref: SampleRef,
     video_extensions: Sequence[str],
     label_extensions: Sequence[str],
     max_video_bytes: int | None,
 ) -> Sample:
-    status, message, video = RowStatus.OK, "", None
-    labels, label_message = _labels(file, index, ref, label_extensions)
-    member = _find(ref, video_extensions)
-    if member is None:
+    status, message = RowStatus.OK, ""
+    labels = {e: member for e in label_extensions if (member := _find(ref, [e])) is not None}
+    wanted = [member for member in labels.values() if member.num_bytes <= _LABEL_BYTES]
+    video = _find(ref, video_extensions)
+    if video is None:
         status = RowStatus.MISSING_MEMBER
         there = ", ".join(f".{shown(m.extension, 20)}" for m in ref.members[:10])
         message = f"no member ends in {', '.join(video_extensions)}; there is {there}"
-    elif max_video_bytes is not None and member.num_bytes > max_video_bytes:
+    elif max_video_bytes is not None and video.num_bytes > max_video_bytes:
         status = RowStatus.DECODE_LIMIT
-        message = f"{member.num_bytes} bytes of video, decode.max_video_bytes is {max_video_bytes}"
+        message = f"{video.num_bytes} bytes of video, decode.max_video_bytes is {max_video_bytes}"
     else:
-        video = _bytes(file, index, member)
+        wanted.append(video)
+    contents = _contents(file, index, wanted)
+    parsed, label_message = _labels(labels, contents)
     return Sample(
         key=ref.key,
         ordinal=ref.ordinal,
         uid=index.uid(ref),
         offset=ref.offset,
         num_bytes=ref.num_bytes,
-        video=video,
-        labels=labels,
+        video=contents[video] if video is not None and status is RowStatus.OK else None,
+        labels=parsed,
         status=status,
         message="; ".join(filter(None, (message, label_message))),
     )
@@ -419,27 +320,43 @@ def _find(ref: SampleRef, extensions: Sequence[str]) -> Member | None:
     return None
 
 
-def _bytes(file: BinaryIO, index: ShardIndex, member: Member) -> bytes:
-    file.seek(member.offset)
-    data = file.read(member.num_bytes)
-    if len(data) != member.num_bytes:
-        raise DamagedError(f"{index.path} became shorter while it was read: run again")
-    return data
+def _contents(file: Ranged, index: ShardIndex, members: Sequence[Member]) -> dict[Member, bytes]:
+    """Contents of members, read with their headers in the order of the file.
+
+    What lies between two that are wanted is read along where that is cheaper than another
+    request.
+    """
+    runs: list[list[Member]] = []
+    for member in sorted(set(members), key=lambda member: member.offset):
+        gap = member.offset - (runs[-1][-1].offset + runs[-1][-1].num_bytes) if runs else 0
+        if not runs or gap > REQUEST_BYTES:
+            runs.append([])
+        runs[-1].append(member)
+    contents: dict[Member, bytes] = {}
+    for run in runs:
+        start = run[0].offset - BLOCK_BYTES
+        data = memoryview(file.read(start, run[-1].offset + run[-1].num_bytes))
+        for member in run:
+            at = member.offset - start
+            if google_crc32c.value(bytes(data[at - BLOCK_BYTES : at])) != member.header_crc32c:
+                raise SourceError(
+                    f"{shown(index.path)} does not hold at byte {member.offset} what was indexed "
+                    "there: leave shards alone while they are read, and run the same command again"
+                )
+            contents[member] = bytes(data[at : at + member.num_bytes])
+    return contents
 
 
 def _labels(
-    file: BinaryIO, index: ShardIndex, ref: SampleRef, extensions: Sequence[str]
+    members: Mapping[str, Member], contents: Mapping[Member, bytes]
 ) -> tuple[dict[str, str | int], str]:
     """Labels of a sample, and what is wrong with them: never a reason to lose the sample."""
     labels: dict[str, str | int] = {}
-    for extension in extensions:
-        member = _find(ref, [extension])
-        if member is None:
-            continue
-        if member.num_bytes > _LABEL_BYTES:
+    for extension, member in members.items():
+        if member not in contents:
             return {}, f"labels left out: .{extension} has {member.num_bytes} bytes"
         try:
-            labels |= _parse(extension, _bytes(file, index, member).decode())
+            labels |= _parse(extension, contents[member].decode())
         except (ValueError, RecursionError) as error:
             return {}, shown(f"labels left out: .{extension} cannot be read ({error})")
     return labels, ""

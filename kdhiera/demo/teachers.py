@@ -26,7 +26,8 @@ from torch.nn import functional
 from kdhiera.errors import UsageError
 from kdhiera.grid import TUBELET_FRAMES, Grid
 from kdhiera.storage import write_atomic
-from kdhiera.teachers.base import TeacherOutput, load_weights, state_sha256
+from kdhiera.teachers.base import TeacherOutput, state_sha256
+from kdhiera.teachers.weights import load_weights
 
 # Weights that the graph holds under their own names: pattern of the name, timm's name.
 _NAMED = (

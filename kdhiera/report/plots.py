@@ -69,7 +69,7 @@ def training_curves(
                 axes.plot(
                     steps, values, color=colours[name], ls=styles[name], lw=1.6, label=plain(name)
                 )
-        _clean(axes, grid="y")
+        clean(axes, grid="y")
         axes.set_title(title, loc="left", fontsize=11, color=INK)
         axes.set_xlabel("step", color=FAINT)
     explained.axhline(0, color=FAINT, lw=0.8)
@@ -131,7 +131,7 @@ def result_bars(results: Sequence[Result]) -> Figure:
             "chance", (chance, 1.0), (0, 2), xycoords=("data", "axes fraction"),
             textcoords="offset points", ha="center", fontsize=8, color=FAINT,
         )  # fmt: skip
-        _clean(axes, grid="x")
+        clean(axes, grid="x")
         axes.set_xlim(0, 108)
         axes.set_xticks(range(0, 101, 25))
         axes.set_title(plain(label), loc="left", fontsize=11, color=INK, pad=14)
@@ -151,7 +151,8 @@ def _series_names(records: Sequence[Mapping[str, Any]], prefix: str) -> dict[str
     return {key.removeprefix(prefix): None for r in records for key in r if key.startswith(prefix)}
 
 
-def _clean(axes: Axes, *, grid: Literal["x", "y"]) -> None:
+def clean(axes: Axes, *, grid: Literal["x", "y", "both"]) -> None:
+    """Axes with as little ink as will do."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):

@@ -3,6 +3,8 @@
 config.json         arguments of `timm.models.hiera.Hiera`, clip size, pixel scaling
 model.safetensors   its weights, float32
 README.md           what it is and how to load it
+
+`export_hiera` writes one file that the original Hiera loads instead.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from timm.models.hiera import Hiera
@@ -20,8 +23,9 @@ from kdhiera import __version__
 from kdhiera.config import StudentConfig
 from kdhiera.errors import DamagedError, UsageError
 from kdhiera.grid import Grid
-from kdhiera.storage import write_atomic
+from kdhiera.storage import atomic_file, write_atomic
 from kdhiera.student.hiera import IMAGENET_MEAN, IMAGENET_STD, Student, hiera_args
+from kdhiera.student.official import CLIP, STATE, official_names
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -86,7 +90,7 @@ def export(
     content = {
         "architecture": "timm.models.hiera.Hiera",
         "model_args": hiera_args(config, grid, q_pool=backbone.q_pool),
-        "clip": {"num_frames": grid.num_frames, "height": grid.height, "width": grid.width},
+        CLIP: _clip(grid),
         "pixels": {"layout": "b c t h w", "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
         "size": config.size,
         "provenance": {"kdhiera": __version__, **provenance},
@@ -106,6 +110,25 @@ def export(
     write_atomic(folder / WEIGHTS, save(weights))
     write_atomic(folder / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
     write_atomic(folder / CARD, card.encode())
+
+
+def export_hiera(student: Student, path: Path) -> None:
+    """Write a student's backbone as a checkpoint of the original Hiera.
+
+    The names are the original's (`kdhiera.student.official`), nested under `model_state`, with
+    the clip size beside them. A
+    `hiera.Hiera` of the same size and clips, with `q_pool=2`, loads it with `strict=False`: all it
+    misses is its classifier `head.projection`.
+
+    Args:
+        student: Trained or not.
+        path: The `.pth` file; its folder is created if needed.
+    """
+    state = official_names(student.backbone.state_dict())
+    weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        torch.save({STATE: weights, CLIP: _clip(student.grid)}, file)
 
 
 def load_exported(folder: Path, *, q_pool: int | None = None) -> Student:
@@ -132,7 +155,7 @@ def load_exported(folder: Path, *, q_pool: int | None = None) -> Student:
     try:
         content = json.loads((folder / CONFIG).read_text())
         arguments = dict(content["model_args"])
-        grid = Grid(**content["clip"])
+        grid = Grid(**content[CLIP])
         if q_pool is not None:
             arguments["q_pool"] = q_pool
         backbone = Hiera(**arguments)
@@ -143,3 +166,7 @@ def load_exported(folder: Path, *, q_pool: int | None = None) -> Student:
             f"the export in {folder} cannot be loaded ({reason}): export the run again"
         ) from error
     return Student(backbone, grid).eval()
+
+
+def _clip(grid: Grid) -> dict[str, int]:
+    return {"num_frames": grid.num_frames, "height": grid.height, "width": grid.width}

@@ -35,6 +35,7 @@ from jaxtyping import Float, Int, UInt8
 from timm.models.hiera import Hiera
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kdhiera.config import StudentConfig
 from kdhiera.errors import UsageError
@@ -128,25 +129,24 @@ def tap_block(tap: str, depths: Sequence[int]) -> int:
     """Blocks done when a tap is read (1-based, as with teacher layers).
 
     Args:
-        tap: `stage3.mid`, `stage3.end`, `stage4.end` or `block:N`.
+        tap: `stage1.mid`, `stage1.end`, ... `stage4.end`, or `block:N`. The middle of a
+            backbone stage of an odd number of blocks is after the larger half.
         depths: Blocks of the four backbone stages.
 
     Raises:
-        UsageError: If there is no such tap; the message lists those there are.
+        UsageError: If there is no such tap; the message says which there are.
     """
-    ends = [sum(depths[: i + 1]) for i in range(len(depths))]
-    named = {
-        "stage3.mid": ends[1] + math.ceil(depths[2] / 2),
-        "stage3.end": ends[2],
-        "stage4.end": ends[3],
-    }
-    if tap in named:
-        return named[tap]
+    name, _, place = tap.partition(".")
+    if name.startswith("stage") and place in ("mid", "end") and name[5:] in ("1", "2", "3", "4"):
+        stage = int(name[5:]) - 1
+        done = depths[stage] if place == "end" else math.ceil(depths[stage] / 2)
+        return sum(depths[:stage]) + done
     prefix, _, number = tap.partition(":")
-    if prefix == "block" and number.isdecimal() and 1 <= int(number) <= ends[-1]:
+    if prefix == "block" and number.isdecimal() and 1 <= int(number) <= sum(depths):
         return int(number)
     raise UsageError(
-        f"there is no tap `{tap}`: use {', '.join(named)}, or block:1 to block:{ends[-1]}"
+        f"there is no tap `{tap}`: use stage1.mid, stage1.end, ... stage4.end, or block:1 to "
+        f"block:{sum(depths)}"
     )
 
 
@@ -169,14 +169,24 @@ class Student(nn.Module):
         backbone: From `build`, or an equal `timm.models.hiera.Hiera`.
         grid: Clip geometry the backbone was built for.
         taps: Names of the taps that `forward` returns; see `tap_block`.
+        grad_checkpointing: Compute blocks again in the backward pass instead of keeping what
+            they computed; drop-path draws the same again.
 
     Raises:
         UsageError: If a tap does not exist.
     """
 
-    def __init__(self, backbone: Any, grid: Grid, taps: Sequence[str] = ("stage4.end",)) -> None:
+    def __init__(
+        self,
+        backbone: Any,
+        grid: Grid,
+        taps: Sequence[str] = ("stage4.end",),
+        *,
+        grad_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.grad_checkpointing = grad_checkpointing
         self.grid = grid
         self.depths = depths_of(backbone)
         self.taps = {tap: tap_block(tap, self.depths) for tap in taps}
@@ -212,7 +222,13 @@ class Student(nn.Module):
         Returns:
             By tap: tokens of every unit in raster order, `n` = 64, 16, 4, 4 in the four
             backbone stages (at `q_pool=2`).
+
+        Raises:
+            ValueError: If pixels and units do not belong together.
+            RuntimeError: If a row is padded, repeats a unit or is out of order; on a CUDA device
+                that is a device-side assertion.
         """
+        self._check(pixels, units)
         windows = self._windows(self._normalise(pixels), units)
         tokens = self._embed(windows, units)
         return self._read(tokens, units)
@@ -240,7 +256,7 @@ class Student(nn.Module):
         tokens = backbone.patch_embed(rearrange(self._normalise(clips), "b f y x c -> b c f y x"))
         tokens = backbone.unroll(backbone._pos_embed(tokens))
         for block in backbone.blocks:
-            tokens = block(tokens)
+            tokens = self._run(block, tokens)
         rolled: Tensor = backbone.reroll(tokens, len(backbone.blocks) - 1)
         return rolled
 
@@ -249,6 +265,27 @@ class Student(nn.Module):
         axes = (1, 2, 3) if pool == "mean" else (2, 3)
         pooled: Tensor = self.backbone.head.norm(tokens.mean(axes))
         return pooled.flatten(1)
+
+    def _check(self, pixels: Tensor, units: Tensor) -> None:
+        """Rows of different counts can only come padded; a padded row would mix silently."""
+        if pixels.shape[:2] != units.shape:
+            raise ValueError(
+                f"pixels of {tuple(pixels.shape[:2])} (clips, units) do not belong to units of "
+                f"{tuple(units.shape)}"
+            )
+        ascending = (units.diff(dim=1) > 0).all()
+        inside = (units[:, 0] >= 0).all() & (units[:, -1] < self.grid.num_units).all()
+        torch._assert_async(  # no wait for the device
+            ascending & inside,
+            "units must ascend without repeats in every row, the same count in each, none padded",
+        )
+
+    def _run(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        if self.grad_checkpointing:
+            again: Tensor = checkpoint(block, tokens, use_reentrant=False)
+            return again
+        done: Tensor = block(tokens)
+        return done
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         """`normalise_pixels` with constants that are on the device already."""
@@ -315,7 +352,7 @@ class Student(nn.Module):
         b, k = units.shape
         by_block: dict[int, Tensor] = {}
         for index, block in enumerate(self.backbone.blocks[: max(self.taps.values())]):
-            tokens = block(tokens)
+            tokens = self._run(block, tokens)
             if index + 1 in self.taps.values():
                 rolled = self.backbone.reroll(tokens, index, mask=units)
                 by_block[index + 1] = rolled.reshape(b, k, -1, rolled.shape[-1])

@@ -1,85 +1,83 @@
-"""Attention of a teacher's last block, only as much of it as scores need."""
+"""Attention of a teacher's block, only as much of it as scores need.
+
+Queries and keys are made again from what enters the attention, in float32 and outside
+autocast: the kernels that teachers run with give no attention back.
+"""
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+QUERY_CHUNK = 128  # query rows at once: 16 clips x 12 heads x 128 x 1568 keys are 154 MB
 
-class LastAttentionInput:
-    """Keep what enters a block's attention during one forward pass.
+Pair = tuple[Float[Tensor, "n heads r d"], Float[Tensor, "n heads m d"]]
+QueriesAndKeys = Callable[[slice], Pair]
+"""Scaled queries of some tokens and the keys of all, prefix tokens first."""
 
-    Args:
-        block: A timm transformer block with an `attn` module.
-        enabled: Off keeps nothing and costs nothing.
-    """
 
-    def __init__(self, block: nn.Module, *, enabled: bool) -> None:
-        self._attention: nn.Module = block.attn  # type: ignore[assignment]
-        self._enabled = enabled
-        self._value: Tensor | None = None
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
-
-    @property
-    def value(self) -> Float[Tensor, "b n c"]:
-        """Normalised tokens as they entered the attention."""
-        assert self._value is not None, "the block has not run"
-        return self._value
-
-    def __enter__(self) -> LastAttentionInput:
-        if self._enabled:
-            self._hook = self._attention.register_forward_pre_hook(self._keep)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-
-    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._value = args[0]
+def linear_heads(
+    tokens: Float[Tensor, "n m c"], weight: Tensor, bias: Tensor | None, *, num_heads: int
+) -> Float[Tensor, "n heads m d"]:
+    """Project in float32 and split into heads."""
+    bias = None if bias is None else bias.float()
+    projected = nn.functional.linear(tokens, weight.float(), bias)
+    return rearrange(projected, "n m (h d) -> n h m d", h=num_heads)
 
 
 def cls_attention(
-    block: nn.Module, tokens: Float[Tensor, "b n c"], *, num_prefix: int
-) -> Float[Tensor, "b m"]:
+    queries_and_keys: QueriesAndKeys, *, num_prefix: int, heads: Sequence[int] | None
+) -> Float[Tensor, "n p"]:
     """Softmax attention from the class token to the patches, mean over heads.
 
     Only that one row is computed (q of the class token, K of all), never the full map.
-    Prefix tokens are dropped, then a row sums to 1 (UMT, arXiv:2303.16058; MaskAlign,
-    arXiv:2211.08887, keep the row of the last block as well).
+    UMT (arXiv:2303.16058) and MaskAlign (arXiv:2211.08887) keep the row of the last block
+    as well.
 
     Args:
-        block: A timm block whose `attn` has a fused `qkv`.
-        tokens: Normalised tokens that enter the attention, class token first.
-        num_prefix: Class and register tokens at the front.
+        queries_and_keys: The class token is token 0.
+        num_prefix: Class and register tokens at the front, dropped after the softmax.
+        heads: Heads that count; None means all.
 
     Returns:
-        Non-negative float32 rows over the patches, each summing to 1.
+        Non-negative float32 rows over the patches, not normalised.
     """
-    attention: Any = block.attn
-    width = tokens.shape[-1]
-    weight, bias = attention.qkv.weight.float(), attention.qkv.bias
-    heads = attention.num_heads
-    with torch.autocast(tokens.device.type, enabled=False):
-        x = tokens.float()
-        q = nn.functional.linear(x[:, :1], weight[:width], _part(bias, 0, width))
-        k = nn.functional.linear(x, weight[width : 2 * width], _part(bias, 1, width))
-        q = attention.q_norm(rearrange(q, "b n (h d) -> b h n d", h=heads))
-        k = attention.k_norm(rearrange(k, "b n (h d) -> b h n d", h=heads))
-        row: Tensor = ((q * attention.scale) @ k.transpose(-1, -2)).softmax(-1)[:, :, 0]
-    patches = row.mean(1)[:, num_prefix:]
-    return patches / patches.sum(-1, keepdim=True)
+    queries, keys = (_of_heads(part, heads) for part in queries_and_keys(slice(0, 1)))
+    row: Tensor = (queries @ keys.transpose(-1, -2)).softmax(-1)[:, :, 0]
+    return row.mean(1)[:, num_prefix:]
 
 
-def _part(bias: Tensor | None, index: int, width: int) -> Tensor | None:
-    return None if bias is None else bias[index * width : (index + 1) * width].float()
+def received_attention(
+    queries_and_keys: QueriesAndKeys, *, num_prefix: int, heads: Sequence[int] | None
+) -> Float[Tensor, "n p"]:
+    """Attention that a patch receives, mean over the patches that attend and over heads.
+
+    It stands in for the class token's row in teachers that have none, or none that was
+    trained. The map is made `QUERY_CHUNK` rows at a time and summed as it comes.
+
+    Args:
+        queries_and_keys: Prefix tokens first.
+        num_prefix: Prefix tokens: they neither ask nor are counted, but take their share
+            of the softmax.
+        heads: Heads that count; None means all.
+
+    Returns:
+        Non-negative float32 rows over the patches, not normalised.
+    """
+    asked = queries_and_keys(slice(num_prefix, None))
+    queries, keys = (_of_heads(part, heads) for part in asked)
+    n, num_heads, num_queries, _ = queries.shape
+    received = keys.new_zeros(n, keys.shape[2])
+    for start in range(0, num_queries, QUERY_CHUNK):
+        rows = queries[:, :, start : start + QUERY_CHUNK]
+        received += (rows @ keys.transpose(-1, -2)).softmax(-1).sum((1, 2))
+    return received[:, num_prefix:] / (num_heads * num_queries)
+
+
+def _of_heads(
+    values: Float[Tensor, "n all m d"], heads: Sequence[int] | None
+) -> Float[Tensor, "n heads m d"]:
+    return values if heads is None else values[:, list(heads)]

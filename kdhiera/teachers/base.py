@@ -5,15 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
-from safetensors.torch import load_file
 from torch import Tensor
-
-from kdhiera.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,31 +63,3 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def load_weights(path: str) -> dict[str, Tensor]:
-    """Read a state dict from a `.safetensors` or `.pth` file; pickled code is never run.
-
-    Args:
-        path: The file; a `.pth` may nest its state dict under `model` or `state_dict`.
-
-    Raises:
-        UsageError: If the file is missing, of another kind, or damaged.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UsageError(f"no teacher weights at {path}: put the file there, or name another one")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise errors of zip, pickle and safetensors
-        raise UsageError(
-            f"the teacher weights at {path} cannot be read ({type(error).__name__}): they must be "
-            "a whole .safetensors file, or a .pth file that holds tensors only"
-        ) from error
-    for key in ("model", "state_dict"):
-        state = state.get(key, state) if isinstance(state, Mapping) else state
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UsageError(f"the teacher weights at {path} are no state dict of tensors")
-    return dict(state)

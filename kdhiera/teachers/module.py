@@ -14,18 +14,25 @@ from kdhiera.config import TeacherConfig
 from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.grid import Grid
 from kdhiera.teachers.base import Teacher
+from kdhiera.teachers.scores import ScoreChoice
 
 
 def build_module_teacher(
-    config: TeacherConfig, *, grid: Grid, device: torch.device, dtype: torch.dtype
+    config: TeacherConfig,
+    *,
+    grid: Grid,
+    device: torch.device,
+    dtype: torch.dtype,
+    choice: ScoreChoice,
 ) -> Teacher:
-    """Call `factory(grid=, device=, dtype=, weights=, **options)`.
+    """Call `factory(grid=, device=, dtype=, weights=, score_layer=, score_heads=, **options)`.
 
     Args:
         config: With `factory` as `package.module:function`; `weights` is passed on when set.
         grid: The student's grid.
         device: Where the teacher runs.
         dtype: float32, or bfloat16 for autocast.
+        choice: What scores are read from, passed on where the run's `scores` sets it.
 
     Raises:
         UsageError: If the factory cannot be imported or refuses its options.
@@ -42,7 +49,7 @@ def build_module_teacher(
             f"teacher factory {reference!r} cannot be imported ({type(error).__name__}: {error}): "
             "install its package, or put the module where you run"
         ) from error
-    options = dict(config.options)
+    options = {**config.options, **choice.as_options()}
     if config.weights is not None:
         options["weights"] = config.weights
     try:

@@ -19,6 +19,7 @@ from kdhiera.masking import MaskSpec, draw_mask
 from kdhiera.views import stable_key
 
 WINDOW_BLOCKS = 16  # runs of neighbours that are shuffled together
+_LAST = np.uint64(2**64 - 1)
 
 
 @runtime_checkable
@@ -127,39 +128,65 @@ def epoch_order(
             "lower it, or extract more clips"
         )
     noise = np.random.Philox(key=stable_key("order", seed, epoch))
-    samples = np.arange(num_samples, dtype=np.uint64)
     if block == 1:
-        order = _shuffled(samples, noise.random_raw(num_samples), np.uint64(0))
+        order = _shuffled(num_samples, noise)
     else:
-        offset = noise.random_raw() % num_samples
-        num_blocks = -(-num_samples // block)
-        blocks = np.arange(num_blocks, dtype=np.uint64)
-        place = np.empty_like(blocks)
-        place[_shuffled(blocks, noise.random_raw(num_blocks), np.uint64(0))] = blocks
-        window = np.repeat(place // np.uint64(WINDOW_BLOCKS), block)[:num_samples]
-        order = _shuffled(samples, noise.random_raw(num_samples), window)
-        order = (order + np.uint64(offset)) % np.uint64(num_samples)
+        offset = int(noise.random_raw()) % num_samples
+        order = _shuffled_by_blocks(num_samples, block, noise)
+        order += offset
+        np.subtract(order, num_samples, out=order, where=order >= num_samples)
     steps = num_samples // batch_size
-    return order[: steps * batch_size].reshape(steps, batch_size).astype(np.int64)
+    return order[: steps * batch_size].reshape(steps, batch_size)
 
 
-def _shuffled(
-    numbers: UInt64[np.ndarray, " n"],
-    words: UInt64[np.ndarray, " n"],
-    group: UInt64[np.ndarray, " n"] | np.uint64,
-) -> UInt64[np.ndarray, " n"]:
-    """`numbers` (0 .. n-1) in random order, group by group.
+def _shuffled(count: int, noise: np.random.Philox) -> Int64[np.ndarray, " n"]:
+    """The numbers 0 .. count-1 in random order.
 
-    Sorts the words `group | random bits | number`, which are all distinct, so that every
-    sorting algorithm gives the same order.
+    Sorts words `random bits | number`, which are all distinct, so that every sorting
+    algorithm gives the same order.
     """
-    one = np.uint64(1)
-    low = np.uint64(int(numbers[-1]).bit_length())
-    high = np.uint64(64 - max(1, int(np.max(group)).bit_length()))
-    random = words & ((one << high) - (one << low))
-    keys: UInt64[np.ndarray, " n"] = group << high | random | numbers
+    keys = _keys(count, noise, num_groups=1)
     keys.sort()
-    return keys & ((one << low) - one)
+    return _numbers(keys, count)
+
+
+def _shuffled_by_blocks(count: int, block: int, noise: np.random.Philox) -> Int64[np.ndarray, " n"]:
+    """Runs of `block` numbers in random order, then the numbers of every 16 runs in a row.
+
+    The words of a window lie together and are sorted by themselves, in the processor's
+    cache; the last run and the last window may be short, and what fills them up sorts last.
+    """
+    num_blocks = -(-count // block)
+    blocks = _shuffled(num_blocks, noise)
+    num_windows = -(-num_blocks // WINDOW_BLOCKS)
+    filled = np.full((num_blocks, block), _LAST)
+    filled.reshape(-1)[:count] = _keys(count, noise, num_groups=num_windows)
+    windows = np.full((num_windows * WINDOW_BLOCKS, block), _LAST)
+    np.take(filled, blocks, axis=0, out=windows[:num_blocks], mode="clip")
+    del filled
+    windows = windows.reshape(num_windows, WINDOW_BLOCKS * block)
+    windows.sort(axis=1)
+    return _numbers(windows[windows != _LAST], count)
+
+
+def _keys(count: int, noise: np.random.Philox, *, num_groups: int) -> UInt64[np.ndarray, " n"]:
+    """Words of random bits that end in their own number.
+
+    As many bits on top stay zero as groups of numbers that are sorted apart would need to
+    be told from one another.
+    """
+    low = (count - 1).bit_length()
+    high = 64 - max(1, (num_groups - 1).bit_length())
+    keys = noise.random_raw(count)
+    keys &= np.uint64((1 << high) - (1 << low))
+    keys |= np.arange(count, dtype=np.uint64)
+    return keys
+
+
+def _numbers(keys: UInt64[np.ndarray, " n"], count: int) -> Int64[np.ndarray, " n"]:
+    """The numbers that words of `_keys` end in."""
+    keys &= np.uint64((1 << (count - 1).bit_length()) - 1)
+    return keys.view(np.int64)
 
 
 def make_batch(

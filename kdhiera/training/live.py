@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 LIVE_ENCODING = "fp32"
 SCAN_CLIPS = 32  # decoded ahead while looking for bad clips
+READ_THREADS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ class LiveSource:
     ) -> None:
         self._reading: dict[str, Any] = {
             "video_extensions": video_extensions,
+            "label_extensions": (),
             "max_video_bytes": max_video_bytes,
         }
         self._policy = policy
@@ -95,7 +97,8 @@ class LiveSource:
             KdhieraError: If a clip that decoded before does not, or a feature is not finite.
         """
         chosen = [self._samples[int(i)] for i in samples]
-        futures = [self._submit(sample, view) for sample in chosen]
+        with ThreadPoolExecutor(READ_THREADS) as readers:  # a bucket takes its time to answer
+            futures = list(readers.map(lambda sample: self._submit(sample, view), chosen))
         clips, uids = [], []
         for uid, future in futures:
             outcome = future.result()

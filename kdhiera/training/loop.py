@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdhiera.config import ObjectiveConfig, TrainConfig
 from kdhiera.devices import resolve_device, resolve_precision
@@ -26,6 +26,7 @@ from kdhiera.objective.targets import TargetSpec
 from kdhiera.progress import Progress
 from kdhiera.stopping import stop_on_signals
 from kdhiera.storage import atomic_file
+from kdhiera.student.heads import Heads
 from kdhiera.student.hiera import Student
 from kdhiera.training import checkpoint
 from kdhiera.training.batches import Batch, ClipSource, Prefetcher, batches
@@ -85,7 +86,7 @@ def num_steps(config: TrainConfig, num_samples: int) -> int:
 def train(
     *,
     student: Student,
-    heads: nn.ModuleDict,
+    heads: Heads,
     targets: Sequence[TargetSpec],
     source: ClipSource,
     masks: MaskSpec,

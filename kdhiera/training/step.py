@@ -11,8 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from kdhiera.config import ObjectiveConfig, TrainConfig
-from kdhiera.objective.losses import RunningMean, cosine, loss, total
-from kdhiera.objective.targets import ChannelMoments, TargetSpec, normalise
+from kdhiera.errors import KdhieraError
+from kdhiera.objective.losses import (
+    RunningMean,
+    cosine,
+    draw_drops,
+    loss,
+    sample_losses,
+    total,
+)
+from kdhiera.objective.targets import TargetSpec, normalise, statistics_from_state
+from kdhiera.student.heads import Heads
 from kdhiera.student.hiera import Student, set_fused_attention
 from kdhiera.training.batches import Batch
 from kdhiera.training.optim import Schedule, build_optimizer
@@ -44,6 +53,21 @@ class StepResult:
     cosine: Mapping[str, Tensor] | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """What forward and losses of a step give.
+
+    Args:
+        value: Total.
+        losses: By target name.
+        predicted: What the heads gave, float32, by target name.
+    """
+
+    value: Tensor
+    losses: dict[str, Tensor]
+    predicted: dict[str, Tensor]
+
+
 class Learner:
     """A student with its heads, optimiser and running means.
 
@@ -51,8 +75,8 @@ class Learner:
         student: Moved to the device.
         heads: One for every target, by name; moved to the device.
         targets: What trains the student.
-        objective: Loss and normalisation.
-        config: Optimiser, seed, clipping.
+        objective: Loss, normalisation, teacher dropping.
+        config: Optimiser, seed, clipping, compilation.
         schedule: Learning rate of every step.
         device: Where it computes.
         dtype: `torch.float32`, or what autocast multiplies in.
@@ -62,7 +86,7 @@ class Learner:
         self,
         *,
         student: Student,
-        heads: nn.ModuleDict,
+        heads: Heads,
         targets: Sequence[TargetSpec],
         objective: ObjectiveConfig,
         config: TrainConfig,
@@ -81,11 +105,13 @@ class Learner:
         self.optimizer = build_optimizer((self.student, self.heads), config)
         self.means = {spec.name: RunningMean(spec.width, device) for spec in targets}
         set_fused_attention(student.backbone, device.type != "cpu" or dtype is torch.float32)
+        self._forward = torch.compile(self._run) if config.compile else self._run
 
     def step(self, batch: Batch, *, measure: bool) -> StepResult:
         """Learn from one batch on the device.
 
-        All randomness (drop-path) is a function of the seed and the step's number.
+        All randomness is a function of the seed and the step's number (drop-path), and of the
+        sample's (teacher dropping).
 
         Args:
             batch: On the device.
@@ -93,18 +119,21 @@ class Learner:
 
         Raises:
             NonFiniteError: Before any weight changes, naming teacher and layer.
+            KdhieraError: If `train.compile` is set and this machine cannot compile.
         """
         number = batch.position.step
-        with seeded("step", self.config.seed, number, device=self.device):
-            predicted = self._predict(batch)
         wanted = self._wanted(batch)
-        kind, beta = self.objective.loss, self.objective.beta
-        losses = {n: loss(predicted[n], wanted[n], kind, beta=beta) for n in wanted}
-        value = total(losses, self.targets)
-        if not bool(torch.isfinite(value)):
-            raise NonFiniteError(_explain_loss(losses, wanted))
+        dropped = self._drops(batch)
+        with (
+            seeded("step", self.config.seed, number, device=self.device),
+            explain_compiler(self.config.compile),
+        ):
+            outcome = self._forward(batch.pixels, batch.units, wanted, dropped)
+        if not bool(torch.isfinite(outcome.value)):
+            raise NonFiniteError(_explain_loss(outcome.losses, wanted))
 
         explained = cosines = None
+        kind, beta, predicted = self.objective.loss, self.objective.beta, outcome.predicted
         with torch.no_grad():
             if measure:
                 explained = {
@@ -116,10 +145,10 @@ class Learner:
                 self.means[n].update(target)
 
         lr = self.schedule.lr(number)
-        norm = self._descend(value, lr)
+        norm = self._descend(outcome.value, lr)
         return StepResult(
-            loss=value.detach(),
-            losses={n: item.detach() for n, item in losses.items()},
+            loss=outcome.value.detach(),
+            losses={n: item.detach() for n, item in outcome.losses.items()},
             grad_norm=norm,
             lr=lr,
             explained_variance=explained,
@@ -149,18 +178,47 @@ class Learner:
             mean.load_state_dict(state["means"][name])
         frozen = state["statistics"]
         self.targets = [
-            replace(spec, statistics=ChannelMoments.from_state(frozen[spec.name], self.device))
+            replace(spec, statistics=statistics_from_state(frozen[spec.name], self.device))
             if spec.name in frozen
             else spec
             for spec in self.targets
         ]
 
-    def _predict(self, batch: Batch) -> dict[str, Tensor]:
+    def _run(
+        self,
+        pixels: Tensor,
+        units: Tensor,
+        wanted: Mapping[str, Tensor],
+        dropped: Mapping[str, Tensor] | None,
+    ) -> _Outcome:
+        """Student, heads and losses: what `train.compile` makes one graph of."""
         low = self.dtype is not torch.float32
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
-            taps = self.student(batch.pixels, batch.units)
-            raw = {spec.name: self.heads[spec.name](taps[spec.tap]) for spec in self.targets}
-        return {name: prediction.float() for name, prediction in raw.items()}
+            raw = self.heads(self.student(pixels, units))
+        predicted = {name: prediction.float() for name, prediction in raw.items()}
+        kind, beta = self.objective.loss, self.objective.beta
+        if dropped is None:
+            losses = {n: loss(predicted[n], wanted[n], kind, beta=beta) for n in wanted}
+            return _Outcome(value=total(losses, self.targets), losses=losses, predicted=predicted)
+        each = {n: sample_losses(predicted[n], wanted[n], kind, beta=beta) for n in wanted}
+        return _Outcome(
+            value=total(each, self.targets, dropped),
+            losses={n: values.mean() for n, values in each.items()},
+            predicted=predicted,
+        )
+
+    def _drops(self, batch: Batch) -> dict[str, Tensor] | None:
+        """Which teachers each sample may do without; None where none ever does."""
+        if not self.objective.teacher_drop:
+            return None
+        drawn = draw_drops(
+            {spec.teacher for spec in self.targets},
+            batch.samples.tolist(),
+            self.objective.teacher_drop,
+            seed=self.config.seed,
+            step=batch.position.step,
+        )
+        return {teacher: flags.to(self.device) for teacher, flags in drawn.items()}
 
     @torch.no_grad()
     def _wanted(self, batch: Batch) -> dict[str, Tensor]:
@@ -175,7 +233,8 @@ class Learner:
 
     def _descend(self, value: Tensor, lr: float) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+        with explain_compiler(self.config.compile):  # the backward pass is compiled when used
+            value.backward()  # type: ignore[no-untyped-call]
         parameters = [
             parameter
             for group in self.optimizer.param_groups
@@ -211,6 +270,31 @@ def seeded(*parts: object, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+@contextmanager
+def explain_compiler(compiled: bool) -> Iterator[None]:
+    """One sentence where torch has a page: there is no working compiler on this machine.
+
+    Args:
+        compiled: Whether anything is compiled within; else nothing is done.
+
+    Raises:
+        KdhieraError: If something within cannot be compiled.
+    """
+    if not compiled:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException  # slow to import, and seldom needed
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise KdhieraError(
+            f"train.compile: torch cannot compile the step here ({reason[:200]}): install a C++ "
+            "compiler (for a CPU) or Triton (for CUDA), or set train.compile=false"
+        ) from error
 
 
 def _explain_loss(losses: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

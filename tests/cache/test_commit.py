@@ -19,6 +19,7 @@ from kdhiera.cache.layout import PartId, commit_file, commit_folder
 from kdhiera.cache.records import Missing, seal, unseal
 from kdhiera.errors import DamagedError, MismatchError, UsageError
 from kdhiera.masking import Strategy
+from kdhiera.stores import LocalStore
 
 A0, A1, B0 = (PartId(shard_id=s, view=v) for s, v in (("a-0", 0), ("a-0", 1), ("b-0", 0)))
 
@@ -38,6 +39,23 @@ def test_a_folder_with_other_things_is_not_made_a_cache(tmp_path: Path):
     with pytest.raises(UsageError, match="is a file"):
         make_cache(tmp_path / "thesis.tex")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_cache_that_another_run_makes_meanwhile_is_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It is made after this run saw that there is none, and before it lists the folder."""
+    listing = LocalStore.names
+
+    def late(self: LocalStore, folder: str) -> list[str]:
+        monkeypatch.setattr(LocalStore, "names", listing)
+        make_cache(tmp_path / "cache")
+        return self.names(folder)
+
+    monkeypatch.setattr(LocalStore, "names", late)
+    ours = make_cache(tmp_path / "cache")
+    assert ours.fingerprint == Cache.open(tmp_path / "cache").fingerprint
+    assert ours.columns.names() == tuple(sorted(COLUMNS))
 
 
 def test_a_cache_opens_again_with_its_grid_and_plan(tmp_path: Path):

@@ -48,10 +48,11 @@ SHARDS = ["/data/*.tar"]
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two parts of Zarr shards of two rows, each with a bad row and one that a column lost."""
+    """Two parts of files of two rows, each with a bad row and one that a column lost."""
     root = tmp_path_factory.mktemp("pristine") / "cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "ZARR_SHARD_ROWS", 2)
+        patch.setattr(layout, "SMALL_ROW_BYTES", 64)
         cache = make_cache(root, COLUMNS)
         for part, what in WHAT.items():
             features = {name: values.copy() for name, values in what.features.items()}
@@ -338,15 +339,18 @@ def test_an_older_attempt_does_not_come_back(
 
 
 def test_verify_lists_every_file_with_a_flipped_bit(root: Path):
-    """A bit in each of all data files at once, another one every time."""
+    """A bit in each of some data files at once (of many more in a part it says how many)."""
     rng = np.random.default_rng(1)
-    data = [n for n in names(root) if n.startswith("parts/")]
-    contents = {name: (root / name).read_bytes() for name in data}
-    for _ in range(8):
-        for name, sound in contents.items():
-            (root / name).write_bytes(flipped(sound, int(rng.integers(0, 8 * len(sound)))))
-        found = {problem.where for problem in verify_at(root).problems}
-        assert found == set(data)
+    data = np.array([n for n in names(root) if n.startswith("parts/")])
+    rng.shuffle(data)
+    for group in np.array_split(data, -(-len(data) // 8)):
+        with contextlib.ExitStack() as damaged:
+            for name in group:
+                sound = (root / name).read_bytes()
+                bad = flipped(sound, int(rng.integers(0, 8 * len(sound))))
+                damaged.enter_context(instead(root / name, bad))
+            found = {problem.where for problem in verify_at(root).problems}
+        assert found == set(group)
 
 
 def test_verify_lists_every_flipped_bit_of_records(root: Path):
@@ -387,6 +391,16 @@ def test_an_attempt_does_not_use_a_damaged_basis(root: Path):
         write_part(Cache.open(root), third, columns=COLUMNS)
     assert not (root / commit_folder(third)).exists()
     assert not list(root.glob("parts/c-0/0/*"))
+
+
+def test_a_damaged_status_harms_no_reader_and_is_found_by_verify(
+    root: Path, expected: list[Any]
+) -> None:
+    """Records say which rows are bad: statuses are for other readers, and for `verify`."""
+    folder = folder_of(Cache.open(root), Cache.open(root).commits()[A].base)
+    path = folder / column_group(FP32) / "status/c.0"
+    with instead(path, flipped(path.read_bytes(), 4 * len(path.read_bytes()))):
+        assert [str(path) in what for what in problems(root)] == [True]
 
 
 def test_a_basis_that_is_made_anew_meanwhile_takes_no_column_along(root: Path):

@@ -25,7 +25,7 @@ def some(seed: int = 0, rows: int = 3) -> torch.Tensor:
 
 
 def codec_of(name: str) -> Codec:
-    basis = calibrate(name, some(9, rows=40), error=1e-4) if name in NEEDS_BASIS else None
+    basis = calibrate(name, some(9, rows=40), error=0.002) if name in NEEDS_BASIS else None
     return make_codec(name, width=WIDTH, basis=basis)
 
 
@@ -45,7 +45,8 @@ def test_arrays_are_what_the_specs_say_and_come_back_close(name: str):
         assert tuple(values.shape) == (3, *specs[array].shape)
         assert len(specs[array].axes) == values.ndim
     error = (codec.decode(encoded.arrays, units_of(features)) - features).square().sum()
-    assert error <= 1e-3 * (features - features.mean()).square().sum()
+    allowed = 2.1e-3 if name == "compact" else 3e-4
+    assert error <= allowed * (features - features.mean()).square().sum()
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
@@ -69,7 +70,7 @@ def test_exact_types_are_numpys():
     assert np.abs(bits.view(np.float32) / features.numpy() - 1).max() <= 2.0**-8
 
 
-@pytest.mark.parametrize(("name", "value"), [("fp16", 70000.0), ("bf16", 3.4e38), ("compact", 1e9)])
+@pytest.mark.parametrize(("name", "value"), [("fp16", 70000.0), ("bf16", 3.4e38), ("int8", 3.4e38)])
 def test_a_value_beyond_the_range_loses_its_row_and_no_other(name: str, value: float):
     features = some()
     features[1, 2, 3, 4] = value
@@ -88,33 +89,57 @@ def test_int8_errs_by_half_a_step_at_most(seed: int, size: float):
     assert (error <= 0.5001 * arrays["scale"][..., None]).all()
 
 
+@given(seed=st.integers(0, 200), outlier=st.sampled_from([30.0, 300.0, 1e4, 1e8]))
+def test_int8_keeps_outliers_to_three_per_cent_and_the_rest_to_half_a_step(
+    seed: int, outlier: float
+):
+    features = torch.randn(2, 3, 4, 384, generator=torch.Generator().manual_seed(seed))
+    features[..., 17] *= outlier
+    codec = codec_of("int8")
+    arrays = codec.encode(features, units_of(features)).arrays
+    decoded = codec.decode(arrays, units_of(features))
+    scale = arrays["scale"][..., None]
+    assert ((decoded - features).abs() <= torch.maximum(0.51 * scale, 0.03 * features.abs())).all()
+    # Its scale is what the root mean square asks for: four times finer than a maximum's.
+    rms = features.square().mean(-1, keepdim=True).sqrt()
+    assert (scale <= 1.01 * rms / 20).all()
+
+
 def test_int8_keeps_zeros_and_extremes():
     features = torch.zeros(1, 2, 4, WIDTH)
-    features[0, 1] = torch.finfo(torch.float32).max
+    features[0, 1] = 3e38
     codec = codec_of("int8")
-    decoded = codec.decode(codec.encode(features, units_of(features)).arrays, units_of(features))
-    assert (decoded[0, 0] == 0).all()
-    assert decoded.isfinite().all()
-
-
-@pytest.mark.parametrize("error", [1e-3, 0.02, 0.1])
-def test_compact_loses_what_it_was_asked_to_on_its_calibration_rows(error: float):
-    mixing = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1))
-    features = some(2, rows=60) @ mixing + 5
-    codec = make_codec("compact", width=WIDTH, basis=calibrate("compact", features, error=error))
     encoded = codec.encode(features, units_of(features))
-    lost = (codec.decode(encoded.arrays, units_of(features)) - features).square().sum()
-    centred = (features - features.mean((0, 1, 2))).square().sum()
-    assert 0.5 * error < lost / centred < 1.001 * error
+    decoded = codec.decode(encoded.arrays, units_of(features))
+    assert encoded.representable.all()
+    assert (decoded[0, 0] == 0).all()
+    torch.testing.assert_close(decoded[0, 1], features[0, 1], rtol=0.03, atol=0)
 
 
-def test_padded_units_cost_nothing():
-    features = some()
-    units = units_of(features).clone()
-    units[:, 3:] = -1
-    features[:, 3:] = 0
-    codes = codec_of("compact").encode(features, units).arrays["codes"]
-    assert (codes[:, 3:] == 0).all()
+def test_int8_scales_have_eight_significant_bits():
+    scale = codec_of("int8").encode(some(), units_of(some())).arrays["scale"]
+    assert torch.equal(scale, scale.bfloat16().float())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_a_row_comes_out_the_same_alone_and_in_a_batch(name: str, threads: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        features = torch.randn(9, 24, 4, 96, generator=torch.Generator().manual_seed(5))
+        basis = calibrate(name, features, error=0.017) if name in NEEDS_BASIS else None
+        codec = make_codec(name, width=96, basis=basis)
+        units = units_of(features).clone()
+        units[3, 20:] = -1
+        features[3, 20:] = 0
+        together = codec.encode(features, units).arrays
+        for i in range(len(features)):
+            alone = codec.encode(features[i : i + 1], units[i : i + 1]).arrays
+            for array, values in alone.items():
+                assert torch.equal(values[0], together[array][i]), (array, i)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_basis_file_is_the_basis_and_anything_else_is_refused():

@@ -57,3 +57,27 @@ def test_a_file_that_comes_back_under_its_path_is_news(tmp_path: Path):
     expect_shards(cache, {"old": "/moved/x.tar"})
     assert expected_shards(cache, ["/moved/*"]) == {"old"}
     assert expected_shards(cache, ["/data/*"]) == {"new"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("s3://bucket/a/x-0.tar", ["a/x-0"]),
+        ("s3://bucket/a/x-?.tar", ["a/x-0", "a/x-1"]),
+        ("s3://bucket/*/x-0.tar", ["a/x-0", "b/x-0"]),
+        ("s3://bucket/**/*.tar", ["a/x-0", "a/x-1", "b/x-0", "b/c/x-2"]),
+        ("s3://bucket/b/*.tar", ["b/x-0"]),
+        ("file:///data/c%20d.tar", ["/data/c d"]),
+        ("/data/*.tar", ["/data/c d"]),
+    ],
+)
+def test_the_shards_of_a_pattern_are_those_that_extraction_took_by_it(
+    tmp_path: Path, pattern: str, names: list[str]
+):
+    cache = make_cache(tmp_path)
+    ids = {}
+    for i, name in enumerate(["a/x-0", "a/x-1", "b/x-0", "b/c/x-2", "/data/c d"]):
+        path = f"{name}.tar" if name.startswith("/") else f"s3://bucket/{name}.tar"
+        ids[name] = f"shard-{i}"
+        expect_shard(cache, ids[name], path=path)
+    assert expected_shards(cache, [pattern]) == {ids[name] for name in names}

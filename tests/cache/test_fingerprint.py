@@ -110,6 +110,9 @@ def base(**changes: Any) -> str:
         {"views__seed": 1},
         {"scores__source": "uniform"},
         {"scores__teacher": "video"},
+        {"scores__source": "received_attention"},
+        {"scores__layer": "9"},
+        {"scores__heads": [0]},
         {"masks__keep": "all"},
         {"masks__strategies": ["attention", "tube"]},
         {"masks__ratio": 0.75},
@@ -136,6 +139,7 @@ def test_what_decides_a_row_changes_the_base(change: dict[str, Any]):
         {"decode__num_children": 3},
         {"train__epochs": 3},
         {"student__size": "tiny"},
+        {"teachers__image": {"kind": "timm", "model": "vit", "layers": [1], "compile": True}},
         {"views__crop_scale": [0.5, 1]},
         {"masks__strategies": ["attention", "attention"]},
     ],
@@ -182,6 +186,10 @@ def test_column_identity_holds_what_decides_its_codes():
         column(precision="bf16"),
         column(cache__encoding="fp32"),
         column(teachers__image={"kind": "timm", "model": "other", "layers": [1]}),
+        column(teachers__image={"kind": "timm", "model": "vit", "layers": [1], "mean": [0, 0, 0]}),
+        column(
+            teachers__image={"kind": "timm", "model": "vit", "layers": [1], "options": {"x": 1}}
+        ),
     ]
     assert len({fingerprint(v) for v in variants}) == len(variants)
 
@@ -204,6 +212,36 @@ def test_config_alone_agrees_with_what_extraction_recorded():
     assert gaps(teachers__image=image(precision="fp32")) == []
     assert gaps(teachers__image=image(precision="bf16")) == ["precision"]
     assert gaps(teachers__image=image(model="other")) == ["teacher.model"]
+    assert gaps(teachers__image=image(compile=True, weight=3.0)) == []
+    assert gaps(teachers__image=image(options={"depth": 3})) == ["teacher.options.depth"]
+
+
+def test_defaults_keep_the_identity_that_caches_have():
+    """Hashes of the tiny config before teachers had options and scores a layer and heads."""
+    assert base() == "b4132ade2ea463d60a1ac39a43cc73e52e5c55002cbcfbf1e4741b6fef73a532"
+    assert (
+        fingerprint(column()) == "1e874c820e785c70c48f30431e0f027783d7745bd9e42e3649f1b8c3f69211ac"
+    )
+
+
+@pytest.mark.parametrize(
+    ("teacher", "declared"),
+    [
+        ({"kind": "pixels"}, {"kind": "pixels"}),
+        ({"kind": "hog"}, {"kind": "hog"}),
+        (
+            {"kind": "transformers", "weights": "/here/folder", "layers": [1]},
+            {"kind": "transformers"},
+        ),
+        (
+            {"kind": "transformers", "model": "some/model", "layers": [1], "std": [1, 1, 1]},
+            {"kind": "transformers", "model": "some/model", "std": (1.0, 1.0, 1.0)},
+        ),
+    ],
+)
+def test_what_a_config_declares_of_a_teacher(teacher: dict[str, Any], declared: dict[str, Any]):
+    layer = "patch" if teacher["kind"] in ("pixels", "hog") else "1"
+    assert declared_column(config(teachers__image=teacher), "image", layer)["teacher"] == declared
 
 
 @pytest.mark.parametrize("keep", ["plan", "all"])

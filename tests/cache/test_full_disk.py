@@ -43,3 +43,25 @@ def test_a_full_disk_is_a_clear_error_and_the_next_run_goes_on(
     count = re.fullmatch(r"went on after (\d+) errors", went_on)
     assert count
     assert int(count[1]) >= errors
+
+
+@pytest.mark.parametrize("how", ["mount", "limit"])
+def test_so_is_a_full_disk_where_parts_for_a_bucket_are_staged(
+    tmp_path: Path, how: str, s3_url: str
+):
+    if how == "mount" and not may_mount(tmp_path):
+        pytest.skip("no file system may be mounted here; the other case still fills up")
+    script = Path(__file__).with_name("full_staging.py")
+    command = [sys.executable, str(script), str(tmp_path), how, s3_url]
+    done = subprocess.run(
+        command if how == "limit" else [*namespace(), *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    error, went_on = done.stdout.splitlines()
+    assert f"the disk of {tmp_path}/" in error
+    assert "takes no more" in error
+    assert "or set TMPDIR to a folder on another disk, and run the same command again" in error
+    assert went_on == "went on"

@@ -6,6 +6,7 @@ import pytest
 
 from kdhiera.cache.encoding import make_codec
 from kdhiera.cache.layout import (
+    STATUS,
     ZARR_SHARD_BYTES,
     ArraySpec,
     ColumnName,
@@ -50,8 +51,17 @@ def test_reference_geometry_fills_blocks_of_128_rows_below_256_megabytes():
     specs = [*base_arrays(grid, kept).values()]
     specs += make_codec("int8", width=768).specs(kept).values()
     for spec in specs:
-        assert spec.block_rows == (128 if spec.row_chunks else 1024)
+        assert spec.block_rows == 128
         assert spec.block_rows * spec.row_bytes <= ZARR_SHARD_BYTES
+
+
+def test_only_rows_of_some_kilobytes_are_chunks_of_their_own():
+    grid = Grid(num_frames=16, height=224, width=224)
+    codec = make_codec("int8", width=768).specs(160)
+    base = base_arrays(grid, 160)
+    assert [n for n, spec in {**base, **codec}.items() if spec.row_chunks] == ["pixels", "codes"]
+    assert not STATUS.row_chunks
+    assert STATUS.block_rows == 1024
 
 
 def test_large_rows_make_smaller_blocks():

@@ -1,7 +1,10 @@
+import itertools
 import multiprocessing
 import os
+import shutil
 import threading
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_cache import COLUMNS, Content, assert_holds, content, make_cache, write_part
+from tiny_cache import (
+    COLUMNS,
+    Content,
+    assert_close,
+    assert_holds,
+    content,
+    decoded,
+    make_cache,
+    write_part,
+)
 
 from kdhiera.cache import reader as reader_module
 from kdhiera.cache.commit import Cache
@@ -89,6 +101,7 @@ def test_any_request_reads_the_right_rows_in_its_own_order(
     samples = np.array(data.draw(st.lists(st.integers(0, len(order) - 1), max_size=12)), np.int64)
     rows = reader.read(samples, view=view)
     assert len(rows.uids) == len(samples)
+    features = {column: decoded(reader, rows, column) for column in COLUMNS}
     for k, sample in enumerate(samples):
         shard, ordinal = order[sample]
         what = built[1][PartId(shard_id=shard, view=view)]
@@ -98,11 +111,7 @@ def test_any_request_reads_the_right_rows_in_its_own_order(
         np.testing.assert_array_equal(rows.scores[k], what.scores[row])
         np.testing.assert_array_equal(rows.pixels[k], what.pixels[row])
         for column in COLUMNS:
-            stored = rows.columns[column]
-            values = stored["codes"][k] * stored["scale"][k][..., None]
-            np.testing.assert_allclose(
-                values, what.features[column][row], atol=stored["scale"][k].max() * 0.5001
-            )
+            assert_close(column, features[column][k], what.features[column][row])
 
 
 def test_only_the_columns_asked_for_are_read(reader: CacheReader):
@@ -127,6 +136,51 @@ def test_coverage_counts_rows_and_says_so(reader: CacheReader):
     assert found.describe() == (
         "12 of 15 samples are trainable (80.0 %) in 2 views of 4 shards; bad rows: 4 decode_error"
     )
+
+
+def test_samples_are_those_good_in_every_view_and_column(tmp_path: Path):
+    """Rows bad by chance in some views, and in some columns of some views."""
+    rng = np.random.default_rng(0)
+    cache = make_cache(tmp_path)
+    good: dict[str, np.ndarray] = {}
+    parts: dict[PartId, Content] = {}
+    for shard, view in itertools.product(("a-0", "b-0", "c-0"), range(2)):
+        part = PartId(shard_id=shard, view=view)
+        bad = np.flatnonzero(rng.random(20) < 0.2)
+        what = content(part, 20, bad=bad.tolist())
+        ordinals = np.setdiff1d(np.arange(20), bad)
+        features = {name: values.copy() for name, values in what.features.items()}
+        for column in COLUMNS:
+            broken = rng.random(len(ordinals)) < 0.1
+            features[column][broken] = np.nan
+            bad = np.union1d(bad, ordinals[broken])
+        parts[part] = replace(what, features=features)
+        write_part(cache, part, parts[part])
+        good[shard] = np.setdiff1d(good.get(shard, np.arange(20)), bad)
+    reader = CacheReader(cache, num_views=2, columns=COLUMNS)
+    expected = [(shard, int(i)) for shard, left in good.items() for i in left]
+    assert 0 < reader.num_samples == len(expected) < 40
+    for view in range(2):
+        rows = reader.read(np.arange(reader.num_samples), view=view)
+        for k, (shard, ordinal) in enumerate(expected):
+            what = parts[PartId(shard_id=shard, view=view)]
+            assert rows.uids[k] == what.rows[ordinal].uid
+            row = features_of(what, ordinal)
+            assert np.array_equal(rows.units[k], what.units[row])
+            assert np.array_equal(rows.pixels[k], what.pixels[row])
+            stored = rows.columns[COLUMNS[0]]
+            values = stored["codes"][k] * stored["scale"][k][..., None]
+            assert np.abs(values - what.features[COLUMNS[0]][row]).max() < 0.1
+
+
+def test_opening_reads_records_alone(built: tuple[Cache, dict[PartId, Content]], tmp_path: Path):
+    """Bad rows are named by the records: an index needs no other file."""
+    root = shutil.copytree(built[0].url, tmp_path / "cache")
+    shutil.rmtree(root / "parts")
+    reader = CacheReader(Cache.open(root), num_views=2, columns=COLUMNS)
+    assert reader.num_samples == len(expected_order())
+    with pytest.raises(DamagedError, match="is missing"):
+        reader.read(np.array([0]), view=0)
 
 
 def test_statistics_cover_all_tokens_of_all_parts(

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdhiera.cache.records import redact, seal, unseal
+from kdhiera.cache.records import seal, unseal
 from kdhiera.errors import DamagedError
 
 
@@ -24,19 +24,6 @@ def test_any_changed_missing_or_added_byte_is_noticed(data: st.DataObject):
     ):
         with pytest.raises(DamagedError, match=r"record\.json is damaged"):
             unseal(damaged, "record.json")
-
-
-@pytest.mark.parametrize(
-    ("path", "shown"),
-    [
-        ("a/b c.tar", "a/b c.tar"),
-        ("/data/x.tar?not-a-query", "/data/x.tar?not-a-query"),
-        ("https://host:8080/x.tar?sig=secret&e=1#f", "https://host:8080/x.tar"),
-        ("s3://user:secret@bucket/k/x.tar", "s3://bucket/k/x.tar"),
-    ],
-)
-def test_secrets_of_urls_are_cut(path: str, shown: str):
-    assert redact(path) == shown
 
 
 def test_a_record_of_another_kind_is_refused():

@@ -1,5 +1,6 @@
 """Every injected damage is listed by verify, it alone, and repair lets extraction mend it."""
 
+import errno
 import itertools
 import json
 import shutil
@@ -28,7 +29,7 @@ from kdhiera.cache.reader import CacheReader
 from kdhiera.cache.records import seal, unseal
 from kdhiera.cache.repair import repair, repair_at
 from kdhiera.cache.verify import verify, verify_at
-from kdhiera.errors import MismatchError, UsageError
+from kdhiera.errors import DamagedError, MismatchError, UsageError
 from kdhiera.progress import PlainProgress
 from kdhiera.stores import LocalStore
 
@@ -155,6 +156,8 @@ def test_a_sound_cache_is_sound(pristine: Path) -> None:
 def test_any_damaged_file_of_a_part_is_named_alone(root: Path, damage: str) -> None:
     files = named_files(root)
     assert len(files) == 24
+    for part in PARTS[1:]:  # they need not be read each time
+        shutil.rmtree((root / commit_file(part, None)).parent)
     for key, owners in files.items():
         path = root / key
         sound = path.read_bytes()
@@ -260,6 +263,7 @@ def test_a_damaged_cache_json_is_set_aside_and_written_anew(root: Path, damage: 
     found = verify_at(root)
     assert only(found).where == "cache.json"
     assert "extract-teachers CONFIG" in only(found).what
+    assert ("--repair" in only(found).what) == (damage != "remove")
     mended = repair_at(found)
     if damage == "remove":
         assert (mended.removed, len(mended.left)) == ((), 1)
@@ -699,6 +703,28 @@ def test_repair_leaves_what_was_mended_meanwhile(root: Path) -> None:
     assert {p: p.read_bytes() for p in (root / "commits").rglob("*.json")} == commits
 
 
+class Failing(LocalStore):
+    """A folder in which some files cannot be read."""
+
+    def __init__(self, root: Path, number: int) -> None:
+        super().__init__(root)
+        self._number = number
+
+    def checksum(self, key: str) -> tuple[int, int]:
+        if "pixels/c." in key and "a-0/0" in key:
+            raise OSError(self._number, "no")
+        return super().checksum(key)
+
+
+def test_a_file_that_its_disk_cannot_give_back_is_damaged(root: Path) -> None:
+    identity = Cache.open(root).identity
+    problem = only(verify(Cache(Failing(root, errno.EIO), identity)))
+    assert "cannot be read (Input/output error)" in problem.what
+    assert set(problem.drops) == expected_drops({None})
+    with pytest.raises(OSError, match="no"):  # not allowed to read is not damaged
+        verify(Cache(Failing(root, errno.EACCES), identity))
+
+
 class Dying(LocalStore):
     """A folder whose writer dies at one of its changes."""
 
@@ -764,6 +790,17 @@ def test_another_format_is_refused_with_what_to_do(root: Path) -> None:
         path.write_bytes(seal(body))
         with pytest.raises(MismatchError, match=words):
             verify_at(root)
+
+
+def test_what_stops_verify_is_never_taken_for_a_damaged_identity(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Cache) -> None:
+        raise DamagedError("something else")
+
+    monkeypatch.setattr(Cache, "records", refuse)
+    with pytest.raises(DamagedError, match="something else"):
+        verify_at(root)
 
 
 def test_a_folder_without_a_cache_is_said_so(tmp_path: Path) -> None:

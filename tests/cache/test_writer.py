@@ -31,6 +31,7 @@ from kdhiera.cache.reader import CacheReader, read_base
 from kdhiera.cache.records import unseal
 from kdhiera.cache.stats import ChannelStatistics
 from kdhiera.errors import KdhieraError, MismatchError
+from kdhiera.stores import LocalStore
 
 PART = PartId(shard_id="a-0", view=0)
 ALL = tuple(WIDTHS)
@@ -43,8 +44,9 @@ def cache(tmp_path: Path) -> Cache:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zarr shards of 4 rows, so that a few rows make several."""
+    """Files of 4 rows, so that a few rows make several; rows of codes are chunks as well."""
     monkeypatch.setattr(layout, "ZARR_SHARD_ROWS", 4)
+    monkeypatch.setattr(layout, "SMALL_ROW_BYTES", 64)
 
 
 def attempts(cache: Cache, part: PartId = PART) -> list[Path]:
@@ -105,6 +107,8 @@ def test_a_part_is_two_plain_zarr_groups_that_describe_themselves(cache: Cache):
     assert codes.shards == (4, 4, 4, 8)
     assert codes.chunks == (1, 4, 4, 8)
     assert [type(c).__name__ for c in codes.compressors] == ["BloscCodec", "Crc32cCodec"]
+    assert (group["scale"].shards, group["scale"].chunks) == (None, (4, 4, 4))
+    assert [type(c).__name__ for c in group["scale"].compressors] == ["BloscCodec", "Crc32cCodec"]
     blosc = codes.compressors[0]
     assert (blosc.cname.value, blosc.shuffle.value) == ("zstd", "shuffle")
 
@@ -202,8 +206,9 @@ def test_statuses_of_the_caller_are_kept(cache: Cache):
         status = np.array([3, 4, 1, 2, 0], np.uint8)
         attempt.append_features(COLUMNS[0], features, status)
         attempt.commit()
-    statuses = cache.commits()[PART].columns[COLUMNS[0]].statuses
-    assert statuses == {
+    commit = cache.commits()[PART].columns[COLUMNS[0]]
+    assert commit.bad == ((0, 5),)
+    assert commit.statuses == {
         "nonfinite": 2,
         "overflow": 1,
         "teacher_error": 1,
@@ -411,17 +416,52 @@ def test_an_error_between_base_and_column_keeps_the_base(cache: Cache):
 
 
 def test_views_of_one_shard_come_from_the_same_bytes(cache: Cache):
-    write_part(cache, PART)
+    """The hash is that of the bytes that were read, so it is known at the end and not before."""
+    one, rest = COLUMNS[:1], COLUMNS[1:]
+    write_part(cache, PART, columns=one)
+    base = cache.commits()[PART].base
     other = PartId(shard_id="a-0", view=1)
-    with pytest.raises(MismatchError, match=r"source_changed: https://host/shard\.tar has the"):
-        begin(
-            cache,
-            other,
-            source=replace(SOURCE, path="https://u:p@host/shard.tar?key=1", sha256="cd" * 32),
-        )
-    assert attempts(cache, other) == []
-    begin(cache, other, source=replace(SOURCE, path="moved.tar")).abandon()
-    begin(cache, other, source=replace(SOURCE, sha256=None)).abandon()
+    unread = replace(SOURCE, path="https://u:p@host/shard.tar?key=1", sha256=None)
+    for part, columns, bound in ((other, COLUMNS, None), (PART, rest, base)):
+        with begin(cache, part, columns, base=bound, source=unread) as attempt:
+            fill(attempt, content(part), columns, rows=bound is None)
+            words = r"source_changed: https://host/shard\.tar has the"
+            with pytest.raises(MismatchError, match=words):
+                attempt.commit(source_sha256="cd" * 32)
+        assert not attempt.folder.exists()
+    assert list(cache.commits()) == [PART]
+    assert set(cache.commits()[PART].columns) == set(one)
+    for part, columns, bound in ((other, COLUMNS, None), (PART, rest, base)):
+        with begin(cache, part, columns, base=bound, source=unread) as attempt:
+            fill(attempt, content(part), columns, rows=bound is None)
+            attempt.commit(source_sha256=SOURCE.sha256)
+    assert {s.sha256 for s in cache.sources("a-0")} == {SOURCE.sha256}
+    assert [s.path for s in cache.sources("a-0")] == [SOURCE.path, "https://host/shard.tar"]
+
+
+def test_views_of_different_bytes_that_were_published_at_once_are_not_trained_on(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+):
+    """Each looked at the other's source before either was there; the reader looks again."""
+    other = PartId(shard_id="a-0", view=1)
+    create = LocalStore.create
+    with begin(cache, PART) as first, begin(cache, other) as second:
+        fill(first, content(PART))
+        fill(second, content(other))
+
+        def between(self: LocalStore, key: str, data: bytes) -> bool:
+            monkeypatch.setattr(LocalStore, "create", create)
+            second.commit(source_sha256="cd" * 32)
+            return self.create(key, data)
+
+        monkeypatch.setattr(LocalStore, "create", between)
+        first.commit()
+    CacheReader(cache, num_views=1, columns=COLUMNS)
+    with pytest.raises(MismatchError, match=r"sha256 abababababab; a-0 view 1 .* cdcdcdcdcdcd"):
+        CacheReader(cache, num_views=2, columns=COLUMNS)
+    shutil.rmtree(f"{cache.url}/{layout.commit_folder(other)}")
+    write_part(cache, other)
+    CacheReader(cache, num_views=2, columns=COLUMNS)
 
 
 def test_signed_urls_are_not_recorded(cache: Cache):

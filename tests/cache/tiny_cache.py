@@ -59,7 +59,7 @@ def config(**changes: Any) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def make_cache(root: Path, columns: Sequence[str] = COLUMNS) -> Cache:
+def make_cache(root: Path | str, columns: Sequence[str] = COLUMNS) -> Cache:
     """Open or create the tiny cache and make sure it knows some columns."""
     run = config()
     identity = base_identity(run, score_teacher={"weights_sha256": "11"})
@@ -267,7 +267,7 @@ def decoded(reader: CacheReader, rows: KeptRows, column: str) -> np.ndarray:
     )
 
 
-LOSSES = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2, "int8": 0.02, "compact": 0.5}
+LOSSES = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2, "int8": 0.06, "compact": 0.5}
 
 
 def assert_close(column: str, found: np.ndarray, features: np.ndarray) -> None:

@@ -2,6 +2,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from places import Place
 
 from kdhiera.data.clip import ClipRequest, DecodeLimits
 from kdhiera.views import CropPolicy, FramePolicy, ViewPolicy
@@ -56,3 +57,11 @@ def request_clip():
 def hanging_video():
     """An ordinary stream-copied cut; decord 0.6.0 hangs for ever when asked for its frames."""
     return (Path(__file__).parent / "decord_hang.mp4").read_bytes()
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request, tmp_path):
+    """Somewhere to put shards; whoever reads them must not see a difference."""
+    if request.param == "disk":
+        return Place(str(tmp_path / "place"))
+    return Place(request.getfixturevalue("s3_url"))

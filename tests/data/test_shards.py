@@ -7,23 +7,25 @@ import json
 import os
 import pickle
 import tarfile
-from pathlib import Path
 
 import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import Place
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
+from kdhiera.data.ranges import SourceError
 from kdhiera.data.shards import (
-    ShardError,
-    expand,
+    ShardPass,
     index_shard,
+    index_shards,
     read_sample,
     read_shard,
+    shard_sha256,
+    try_index_shards,
 )
-from kdhiera.errors import DamagedError, UsageError
-from kdhiera.storage import file_sha256
+from kdhiera.data.tars import ShardError
 from kdhiera.views import RowStatus
 
 FILES = [
@@ -48,13 +50,12 @@ def tar(files, **kinds):
 
 
 @pytest.fixture
-def shard(tmp_path):
-    """Writes bytes, or files as a tar, to a shard and indexes it."""
+def shard(place):
+    """Writes bytes, or files as a tar, to a shard on a disk or in a bucket and indexes it."""
 
     def write(content, name="shard-000000.tar"):
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else tar(content))
-        return index_shard(str(path))
+        data = content if isinstance(content, bytes) else tar(content)
+        return index_shard(place.put(name, data))
 
     return write
 
@@ -106,15 +107,14 @@ def test_grouping_is_webdatasets(tmp_path_factory, files):
     assert seen == [(g.pop("__key__"), [n for n in g if n != "__url__"]) for g in groups]
 
 
-def test_what_a_streaming_reader_passes_over_in_silence_is_reported(shard, tmp_path):
+def test_what_a_streaming_reader_passes_over_in_silence_is_reported(shard):
     """webdataset alone: a flipped header byte or a cut ends the shard without a word."""
     whole = tar(FILES)
     flipped = bytearray(whole)
     flipped[2560] ^= 1  # in the header of two.mp4
     for name, content in {"flipped": bytes(flipped), "cut": whole[:2560]}.items():
         index = shard(content, f"{name}.tar")
-        with open(index.path, "rb") as file:
-            silent = list(tar_file_iterator(file))
+        silent = list(tar_file_iterator(io.BytesIO(content)))
         assert [m["fname"] for m in silent] == ["a/one.mp4", "a/one.json"]
         assert [s.key for s in read(index)] == ["a/one"]
         (problem,) = index.problems
@@ -202,12 +202,15 @@ def test_samples_that_share_a_key_are_kept_apart(shard):
     assert [s.labels for s in read(shard(twice))] == [{"cls": 1}, {"cls": 2}]
 
 
-def test_keys_are_names_and_never_paths(shard, tmp_path):
+def test_keys_are_names_and_never_paths(shard, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     index = shard([("../../etc/x.mp4", b"1"), ("/abs/y.mp4", b"2"), ("z\n\x1b[31m.mp4", b"3")])
     samples = read(index)
     assert [s.key for s in samples] == ["../../etc/x", "/abs/y", "z\n\x1b[31m"]
     assert [s.video for s in samples] == [b"1", b"2", b"3"]
-    assert os.listdir(tmp_path) == ["shard-000000.tar"]
+    assert os.listdir() == []
+    assert set(os.listdir(tmp_path)) <= {"here", "place"}
 
 
 def test_names_that_are_no_utf8_can_still_be_written_down(tmp_path):
@@ -223,7 +226,7 @@ def test_names_that_are_no_utf8_can_still_be_written_down(tmp_path):
     assert sample.video == b"v"
 
 
-def test_only_regular_files_are_members(shard, tmp_path):
+def test_only_regular_files_are_members(shard):
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
         for name, kind in {
@@ -303,17 +306,24 @@ def test_a_large_member_is_not_read(shard):
     assert "5 bytes" in samples[0].message
 
 
-def test_identity_is_that_of_the_index(shard, tmp_path):
+def sha256(index):
+    with ShardPass(index, video_extensions=("mp4",)) as opened:
+        list(opened.samples())
+        found = opened.sha256()
+    assert shard_sha256(index) == found
+    return found
+
+
+def test_identity_is_that_of_the_index(shard):
     index = shard(FILES)
     assert index.shard_id.startswith("shard-000000-")
-    (tmp_path / "moved").mkdir()
     moved = shard(FILES, "moved/shard-000000.tar")
     assert (moved.shard_id, moved.samples) == (index.shard_id, index.samples)
     other = [("a/one.mp4", b"9" * 700), *FILES[1:]]
     same = shard(other)  # the index cannot tell: the hash of the file does
     assert same.shard_id == index.shard_id
-    assert file_sha256(Path(same.path)) != file_sha256(Path(moved.path))
-    assert file_sha256(Path(moved.path)) == hashlib.sha256(tar(FILES)).hexdigest()
+    assert sha256(same) != sha256(moved)
+    assert sha256(moved) == hashlib.sha256(tar(FILES)).hexdigest()
     assert shard(FILES[:-1]).shard_id != index.shard_id
     assert shard([("b/one.mp4", b"1" * 700), *FILES[1:]]).shard_id != index.shard_id
     strange = shard(FILES, "..  a b;$(x).tar")
@@ -326,13 +336,10 @@ def test_a_file_that_is_no_tar_is_refused(shard, content):
         shard(content)
 
 
-def test_a_compressed_tar_is_refused_whatever_its_name(shard, tmp_path):
+def test_a_compressed_tar_is_refused_whatever_its_name(shard):
     bomb = gzip.compress(bytes(30_000_000))
     with pytest.raises(ShardError, match="is compressed \\(gzip\\): unpack it"):
         shard(bomb)
-    (tmp_path / "x.tar.gz").write_bytes(bomb)
-    with pytest.raises(UsageError, match=r"x\.tar\.gz' is compressed"):
-        expand([str(tmp_path / "*.gz")])
 
 
 def test_an_empty_archive_is_a_shard_with_a_problem(shard):
@@ -361,71 +368,119 @@ def test_headers_that_claim_too_much(shard):
     assert "a size that makes no sense" in index.problems[0]
 
 
-def test_a_shard_that_changed_is_noticed(shard):
+def test_a_shard_that_changed_is_noticed(shard, place):
     index = shard(FILES)
-    with open(index.path, "ab") as file:
-        file.write(b"x")
-    with pytest.raises(DamagedError, match="when it was indexed"):
+    for changed in (tar(FILES) + b"x", tar(FILES)[:-1]):
+        place.put("shard-000000.tar", changed)
+        with pytest.raises(SourceError, match="not the file that was indexed any more"):
+            read(index)
+        with pytest.raises(SourceError, match="not the file that was indexed any more"):
+            read_sample(index, 0, video_extensions=("mp4",))
+    place.remove("shard-000000.tar")
+    with pytest.raises(SourceError, match="cannot be read"):
         read(index)
-    os.remove(index.path)
-    with pytest.raises(FileNotFoundError):
+
+
+def test_another_shard_of_the_same_size_is_noticed(shard, place):
+    """On a disk nothing but the headers tells them apart: they are read with every member."""
+    index = shard(FILES)
+    other = tar([("a/one.mp4", b"1" * 700), ("a/one.json", FILES[1][1]), ("two.cls", b"7")])
+    place.put("shard-000000.tar", other + bytes(len(tar(FILES)) - len(other)))
+    with pytest.raises(SourceError, match="indexed"):
         read(index)
+    with pytest.raises(SourceError, match="indexed"):
+        read_sample(index, 1, video_extensions=("mp4",))
+
+
+def test_a_shard_is_the_same_wherever_it_lies(tmp_path, s3_url):
+    """Whole or damaged in whatever way: index, samples and hash, all but the address."""
+    files = [*FILES, ("long/" + "n" * 90 + "/é.mp4", b"5" * 600)]
+    whole = tar(files, format=tarfile.PAX_FORMAT)
+    flipped = bytearray(whole)
+    flipped[2560] ^= 1
+    kinds = [whole, bytes(flipped), whole + whole, *(whole[:n] for n in range(600, 9000, 1177))]
+    for content in kinds:
+        found = []
+        for root in (str(tmp_path), s3_url):
+            index = index_shard(Place(root).put("x y.tar", content))
+            assert index.path == f"{root}/x y.tar"
+            same = index.shard_id, index.num_bytes, index.samples, index.problems
+            found.append((same, read(index), sha256(index)))
+        assert found[0] == found[1]
+        assert found[0][2] == hashlib.sha256(content).hexdigest()
+
+
+def test_a_pass_reads_members_in_any_order_and_hashes_what_it_passes_over(shard):
+    files = [("x.mp4", b"1" * 50_000), ("x.json", b'{"a": 1}'), ("x.cls", b"3"), ("y.cls", b"4")]
+    index = shard(files)
+    for limit, video in ((None, b"1" * 50_000), (10, None)):
+        with ShardPass(index, video_extensions=("mp4",), max_video_bytes=limit) as opened:
+            first, second = opened.samples()
+            assert opened.sha256() == hashlib.sha256(tar(files)).hexdigest()
+        assert (first.video, dict(first.labels)) == (video, {"a": 1, "cls": 3})
+        assert dict(second.labels) == {"cls": 4}
 
 
 @pytest.fixture
-def paths(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in (
-        "a-000.tar",
-        "a-001.tar",
-        "a-002.tar",
-        "b-9.tar",
-        "b-10.tar",
-        "[x].tar",
-        "c d.tar",
-    ):
-        (tmp_path / name).write_bytes(b"")
-    return tmp_path
+def bucket(s3, s3_url):
+    """Puts a tar of members of given sizes into a bucket; returns its address."""
+
+    def put(sizes):
+        members = []
+        for i, size in enumerate(sizes):
+            members += [(f"{i:04d}.mp4", bytes([i]) * size), (f"{i:04d}.json", b'{"a": 1}')]
+        address = Place(s3_url).put("x.tar", tar(members))
+        s3.requests.clear()
+        return address
+
+    return put
 
 
-@pytest.mark.parametrize(
-    ("patterns", "names"),
-    [
-        (["a-{000..002}.tar"], ["a-000.tar", "a-001.tar", "a-002.tar"]),
-        (["a-{002..000}.tar"], ["a-002.tar", "a-001.tar", "a-000.tar"]),
-        (["b-{9..10}.tar"], ["b-9.tar", "b-10.tar"]),
-        (["{b-9,a-{000..001}}.tar"], ["b-9.tar", "a-000.tar", "a-001.tar"]),
-        (["b-*.tar", "a-00?.tar"], ["b-10.tar", "b-9.tar", "a-000.tar", "a-001.tar", "a-002.tar"]),
-        (["a-001.tar", "a-*.tar"], ["a-001.tar", "a-000.tar", "a-002.tar"]),
-        (["[x].tar"], ["[x].tar"]),
-        (["./a-000.tar", "sub/../a-000.tar"], ["a-000.tar"]),
-        (["**/a-000.tar"], ["a-000.tar"]),
-    ],
-)
-def test_patterns(paths, patterns, names):
-    (paths / "sub").mkdir()
-    assert expand(patterns) == [str(paths / name) for name in names]
+def asked_bytes(s3):
+    spans = [r.range.removeprefix("bytes=").split("-") for r in s3.asked("x.tar")]
+    return sum(int(stop) - int(start) + 1 for start, stop in spans)
 
 
-def test_file_addresses_and_links(paths):
-    assert expand([f"file://{paths}/c%20d.tar"]) == [str(paths / "c d.tar")]
-    (paths / "link.tar").symlink_to(paths / "a-000.tar")
-    assert expand(["link.tar", "a-000.tar"]) == [str(paths / "link.tar")]
+def test_large_members_are_not_fetched_to_index_a_shard(s3, bucket):
+    index = index_shard(bucket([2_000_000] * 8))
+    assert len(index.samples) == 8
+    assert index.problems == ()
+    assert len(s3.asked("x.tar")) <= 2 * 8 + 2
+    assert asked_bytes(s3) < 400_000
+    assert len(s3.asked("x.tar", "HEAD")) == 1
 
 
-@pytest.mark.parametrize(
-    ("pattern", "words"),
-    [
-        ("nothing-*.tar", "no file matches 'nothing-*.tar'"),
-        ("a-{000..003}.tar", "no file matches 'a-003.tar' (of 'a-{000..003}.tar'"),
-        ("pipe:touch owned", "has the scheme 'pipe:'"),
-        ("s3://bucket/x.tar", "has the scheme 's3:'"),
-        ("http://127.0.0.1/x.tar", "has the scheme 'http:'"),
-        ("x\n.tar", "'x\\n.tar'"),
-    ],
-)
-def test_patterns_that_are_refused(paths, pattern, words):
-    with pytest.raises(UsageError) as caught:
-        expand(["a-000.tar", pattern])
-    assert words in str(caught.value)
-    assert not (paths / "owned").exists()
+def test_a_shard_of_small_members_is_indexed_with_few_requests(s3, bucket):
+    index = index_shard(bucket([2000] * 250))
+    assert len(index.samples) == 250
+    assert len(s3.asked("x.tar")) <= 5
+
+
+def test_a_single_sample_is_one_request(s3, bucket):
+    index = index_shard(bucket([2_000_000] * 3))
+    s3.requests.clear()
+    sample = read_sample(index, 1, video_extensions=("mp4",))
+    assert (sample.video, dict(sample.labels)) == (bytes([1]) * 2_000_000, {"a": 1})
+    assert [r.method for r in s3.requests] == ["GET"]
+    assert asked_bytes(s3) < 2_010_000
+
+
+def test_a_header_that_claims_the_whole_archive_is_not_read(shard, monkeypatch):
+    monkeypatch.setattr("kdhiera.data.tars._MAX_HEADER_BYTES", 100_000)
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 10**6
+    content = tar([("a.mp4", b"1")])[:1024] + info.tobuf(format=tarfile.USTAR_FORMAT)
+    index = shard(content + bytes(10**6))
+    assert [s.key for s in index.samples] == ["a"]
+    assert "a header claims 1000448 bytes" in index.problems[0]
+
+
+def test_many_shards_are_indexed_in_order_and_the_first_bad_one_is_named(place):
+    paths = [place.put(f"{i}.tar", tar([(f"{i}.mp4", b"v")])) for i in range(20)]
+    assert [i.path for i in index_shards(paths)] == paths
+    place.put("7.tar", b"no tar" * 500)
+    place.remove("9.tar")
+    found = list(try_index_shards(paths))
+    assert [i for i, index in enumerate(found) if isinstance(index, ShardError)] == [7, 9]
+    with pytest.raises(ShardError, match=r"7\.tar is no tar archive"):
+        index_shards(paths)

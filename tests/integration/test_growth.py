@@ -1,9 +1,6 @@
 """A finished cache grows by exactly what is missing, on the rows that are there."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +13,7 @@ from real_runs import MakeConfig, contents, kdhiera
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import calibrate, error_bound
 from kdhiera.cache.reader import CacheReader
-from kdhiera.config import RunConfig, load
+from kdhiera.config import RunConfig
 from kdhiera.errors import UsageError
 from kdhiera.featurize import Featurizer
 from kdhiera.progress import Progress, make_progress
@@ -242,52 +239,3 @@ def test_an_objective_that_the_plan_lacks_is_refused_before_extraction(
     with pytest.raises(UsageError, match="random"):
         extract(run, progress=progress)
     assert not Path(run.cache.dir).exists()
-
-
-def test_two_extractions_at_once_lose_nothing(
-    make_config: MakeConfig, make_run: MakeRun, progress: Progress, tmp_path: Path
-) -> None:
-    """Separate processes on one cache; one is asked for less and one for more."""
-    alone = load(make_config("alone", cache={"dir": str(tmp_path / "alone")}))
-    extract(alone, progress=progress)
-    small = make_config("small", teachers=teachers(make_run, image={"layers": ["12"]}))
-    whole = make_config("whole")
-    running = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "from kdhiera.cli import main; main()",
-                "extract-teachers",
-                path,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for path in (small, whole, whole)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=280)
-        assert process.returncode == 0, errors
-    assert contents(load(whole)) == contents(alone)
-
-
-def test_a_cache_in_a_bucket_gives_the_same_as_on_disk(
-    make_config: MakeConfig, progress: Progress, tmp_path: Path, s3_url: str
-) -> None:
-    local = load(make_config("local", cache={"dir": str(tmp_path / "local")}))
-    extract(local, progress=progress)
-    config = make_config(
-        "bucket",
-        cache={"dir": f"{s3_url}/cache", "encoding": "fp32"},
-        train={"max_steps": 3, "epochs": 3, "batch_size": 8, "device": "cpu", "lr": 1e-3},
-    )
-    done = kdhiera("extract-teachers", config)
-    assert done.returncode == 0, done.stderr
-    assert contents(load(config)) == contents(local)
-    again = kdhiera("extract-teachers", config, "--dry-run")
-    assert "nothing to do" in again.stdout
-    done = kdhiera("distill", config)
-    assert done.returncode == 0, done.stderr

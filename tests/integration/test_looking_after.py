@@ -152,9 +152,10 @@ def test_every_column_gets_its_rows_where_it_is_committed(
     run: RunConfig, progress: Progress
 ) -> None:
     root = Path(run.cache.dir)
-    first, *others = parts_of(run)
-    for part in others:
-        (root / commit_file(part, "video.3.fp32")).unlink()
+    first, second_view, other, other_view = parts_of(run)
+    for part in (second_view, other_view):
+        shutil.rmtree((root / commit_file(part, None)).parent)
+    (root / commit_file(other, "video.3.fp32")).unlink()
     status = zarr.open_group(
         attempt_of(root, first, "image.6.fp32") / "targets.zarr/image/6.fp32", mode="r+"
     )["status"]
@@ -168,8 +169,8 @@ def test_every_column_gets_its_rows_where_it_is_committed(
     report = check(run, progress, recompute=1000)
     assert report.replayed is not None
     assert {c.column: c.rows for c in report.replayed.columns} == {
-        "image.6.fp32": 37,
-        "image.12.fp32": 48,
+        "image.6.fp32": 13,
+        "image.12.fp32": 24,
         "video.3.fp32": 12,
     }
 
@@ -214,13 +215,14 @@ def test_nothing_is_made_again_where_it_cannot_be(
     elsewhere = tmp_path / "unrelated.tar"
     shutil.copy(shards[0], elsewhere)
     other = changed(run, f"data.shards=[{elsewhere}]")
-    with pytest.raises(KdhieraError, match=r"none of its shards is in data\.shards"):
-        check(other, progress, recompute=1)
+    report = check(other, progress, recompute=1)
+    assert "none of its shards is in data.shards" in report.describe()
+    assert (report.verified.problems, report.sound) == ((), False)
     part = parts_of(run)[0]
     (Path(run.cache.dir) / commit_file(part, None)).write_bytes(b"")
     report = check(run, progress, recompute=1, sources=True)
     assert (report.replayed, report.sources, report.sound) == (None, None, False)
-    assert "mend the cache first" in report.describe()
+    assert "run this again once it is whole" in report.describe()
     report = check(run, progress, recompute=1, sources=True, repair=True)
     assert report.replayed is not None
     assert report.sound
@@ -438,6 +440,8 @@ def test_a_cache_that_is_not_whole_is_told_with_the_ways_on(run: RunConfig) -> N
     assert "would not run: 1 shard not whole" in found.distill
     partial = diff_cache(changed(run, "cache.allow_partial=true"))
     assert partial.distill == "would run, leaving out 1 shard not whole"
+    live = diff_cache(changed(run, "cache.mode=live"))
+    assert live.distill == "would run without the cache (cache.mode=live)"
     image = diff_cache(changed(run, "objective.teachers=[image]"))
     assert image.distill == "would run"  # it does not ask for what is missing
 
@@ -459,6 +463,7 @@ def command(*arguments: object) -> tuple[int, str, str]:
     return int(end.value.code or 0), out.getvalue(), err.getvalue()
 
 
+@pytest.mark.slow
 def test_the_commands_end_with_the_right_codes(run: RunConfig, tmp_path: Path) -> None:
     config, root = tmp_path / "run.yaml", Path(run.cache.dir)
     assert command("cache", "diff", config)[0] == 0

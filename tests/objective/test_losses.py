@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,8 +7,16 @@ import torch
 from sklearn.metrics import r2_score
 
 from kdhiera.errors import UsageError
-from kdhiera.objective.losses import RunningMean, cosine, loss, total
-from kdhiera.objective.targets import TargetSpec
+from kdhiera.objective.losses import (
+    RunningMean,
+    cosine,
+    draw_drops,
+    loss,
+    sample_losses,
+    total,
+)
+from kdhiera.objective.targets import TargetSpec, normalise
+from kdhiera.views import stable_uniforms
 
 
 def pair(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,20 +31,24 @@ def slow_loss(predicted: torch.Tensor, target: torch.Tensor, kind: str, beta: fl
     p, t = predicted.double().reshape(-1, 5).tolist(), target.double().reshape(-1, 5).tolist()
     terms = []
     for a, b in zip(p, t, strict=True):
-        if kind == "cosine":
-            dot = sum(x * y for x, y in zip(a, b, strict=True))
-            terms.append(2 - 2 * dot / math.hypot(*a) / math.hypot(*b))
-            continue
-        for x, y in zip(a, b, strict=True):
-            d = abs(x - y)
-            if kind == "mse":
-                terms.append(d * d)
-            else:
-                terms.append(d * d / (2 * beta) if d < beta else d - beta / 2)
+        cos = sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
+        far = [abs(x - y) for x, y in zip(a, b, strict=True)]
+        huber = [d * d / (2 * beta) if d < beta else d - beta / 2 for d in far]
+        terms.append(
+            {
+                "mse": sum(d * d for d in far) / len(far),
+                "smooth_l1": sum(huber) / len(huber),  # MVD
+                "cosine": 2 - 2 * cos,  # UMT
+                "cosine_smooth_l1": 0.5 * (1 - cos) + 0.5 * sum(huber) / len(huber),  # UNIC
+            }[kind]
+        )
     return sum(terms) / len(terms)
 
 
-@pytest.mark.parametrize("kind", ["smooth_l1", "mse", "cosine"])
+KINDS = ("smooth_l1", "mse", "cosine", "cosine_smooth_l1")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beta", [0.3, 1.0])
 def test_losses_equal_the_slow_formula(kind: str, beta: float) -> None:
     predicted, target = pair()
@@ -51,18 +64,38 @@ def test_cosine_loss_is_the_squared_distance_of_unit_vectors() -> None:
     torch.testing.assert_close(cosine(predicted, predicted), torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_samples_loss_is_that_of_the_sample_alone(kind: str) -> None:
+    predicted, target = pair()
+    each = sample_losses(predicted, target, kind, beta=0.7)
+    alone = [loss(predicted[i], target[i], kind, beta=0.7) for i in range(2)]
+    torch.testing.assert_close(each, torch.stack(alone))
+    torch.testing.assert_close(each.mean(), loss(predicted, target, kind, beta=0.7))
+
+
+def test_umts_loss_is_the_cosine_one_on_l2_targets() -> None:
+    """UMT regresses unit vectors: mean squared distance over tokens, summed over channels."""
+    predicted, raw = pair()
+    target = normalise(raw, "l2")
+    student = predicted / predicted.square().sum(-1, keepdim=True).sqrt()
+    wanted = (student - target).square().sum(-1).mean()
+    torch.testing.assert_close(loss(predicted, target, "cosine"), wanted)
+    torch.testing.assert_close(loss(predicted, raw, "cosine"), wanted)  # the length is no matter
+
+
 def test_an_unknown_loss_is_refused() -> None:
-    with pytest.raises(UsageError, match="smooth_l1, mse or cosine"):
+    with pytest.raises(UsageError, match="smooth_l1, mse, cosine or cosine_smooth_l1"):
         loss(*pair(), "huber")
 
 
-def test_total_is_the_weighted_sum_of_teachers_means() -> None:
-    def target(teacher: str, layer: str, weight: float) -> TargetSpec:
-        return TargetSpec(
-            teacher=teacher, layer=layer, tap="stage4.end", column=f"{teacher}-{layer}", width=5,
-            weight=weight, decode=lambda arrays: arrays["codes"],
-        )  # fmt: skip
+def target(teacher: str, layer: str, weight: float = 1.0, layer_weight: float = 1.0) -> TargetSpec:
+    return TargetSpec(
+        teacher=teacher, layer=layer, tap="stage4.end", column=f"{teacher}-{layer}", width=5,
+        weight=weight, layer_weight=layer_weight, decode=lambda arrays, units: arrays["codes"],
+    )  # fmt: skip
 
+
+def test_total_is_the_weighted_sum_of_teachers_means() -> None:
     targets = [target("image", "6", 0.5), target("video", "3", 2.0), target("image", "12", 0.5)]
     losses = {
         "image/6": torch.tensor(1.0),
@@ -70,6 +103,81 @@ def test_total_is_the_weighted_sum_of_teachers_means() -> None:
         "video/3": torch.tensor(7.0),
     }
     assert total(losses, targets).item() == 0.5 * 2.0 + 2.0 * 7.0
+
+
+def test_layers_share_their_teachers_weight_in_proportion() -> None:
+    targets = [
+        target("image", "6", 0.5, 3.0), target("image", "12", 0.5, 1.0), target("video", "3", 2.0)
+    ]  # fmt: skip
+    losses = {
+        "image/6": torch.tensor(1.0),
+        "image/12": torch.tensor(3.0),
+        "video/3": torch.tensor(7.0),
+    }
+    assert total(losses, targets).item() == 0.5 * (0.75 * 1.0 + 0.25 * 3.0) + 2.0 * 7.0
+    doubled = [replace(spec, layer_weight=2 * spec.layer_weight) for spec in targets]
+    assert total(losses, doubled).item() == total(losses, targets).item()
+
+
+TEACHERS = [target("image", "6", 0.5), target("image", "12", 0.5), target("video", "3", 2.0)]
+
+
+def slow_drop(
+    losses: dict[str, list[float]], samples: list[int], p: float, *, seed: int, step: int
+) -> float:
+    """UNIC's rule, sample by sample, with the noise of the (seed, step, sample)."""
+    terms = []
+    for place, sample in enumerate(samples):
+        each = {
+            "image": (losses["image/6"][place] + losses["image/12"][place]) / 2,
+            "video": losses["video/3"][place],
+        }
+        noise = stable_uniforms(2, "teacher_drop", seed, step, sample)
+        for teacher, weight, u in zip(("image", "video"), (0.5, 2.0), noise, strict=True):
+            if u >= p or each[teacher] == max(each.values()):
+                terms.append(weight * each[teacher])
+    return sum(terms) / len(samples)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4, 1.0])
+def test_teacher_drop_keeps_the_worst_and_drops_others_by_chance(p: float) -> None:
+    samples = list(range(40))
+    rng = np.random.default_rng(0)
+    losses = {spec.name: rng.random(40).astype(np.float32) for spec in TEACHERS}
+    dropped = draw_drops(("video", "image"), samples, p, seed=3, step=7)
+    found = total({n: torch.from_numpy(v) for n, v in losses.items()}, TEACHERS, dropped)
+    wanted = slow_drop({n: v.tolist() for n, v in losses.items()}, samples, p, seed=3, step=7)
+    assert found.item() == pytest.approx(wanted, rel=1e-5)
+    if p == 0:
+        means = {n: torch.from_numpy(v).mean() for n, v in losses.items()}
+        torch.testing.assert_close(found, total(means, TEACHERS))
+
+
+def test_what_is_dropped_has_no_gradient() -> None:
+    losses = {spec.name: torch.rand(30, requires_grad=True) for spec in TEACHERS}
+    total(
+        losses, TEACHERS, draw_drops(("image", "video"), range(30), 1.0, seed=0, step=0)
+    ).backward()
+    image, video = (losses[n].grad != 0 for n in ("image/12", "video/3"))
+    worse = (losses["image/6"] + losses["image/12"]) / 2 > losses["video/3"]
+    assert torch.equal(image, worse)
+    assert torch.equal(video, ~worse)
+
+
+def test_drops_are_a_function_of_seed_step_and_sample() -> None:
+    names = ("image", "video")
+    samples = list(range(500))
+    flags = draw_drops(names, samples, 0.3, seed=1, step=2)
+    halves = [
+        draw_drops(names[::-1], part, 0.3, seed=1, step=2) for part in (samples[::-2], samples[::2])
+    ]
+    for name in names:
+        assert torch.equal(flags[name][1::2].flip(0), halves[0][name])
+        assert torch.equal(flags[name][::2], halves[1][name])
+        assert 0.2 < flags[name].float().mean() < 0.4
+        assert not torch.equal(flags[name], draw_drops(names, samples, 0.3, seed=1, step=3)[name])
+        assert not torch.equal(flags[name], draw_drops(names, samples, 0.3, seed=2, step=2)[name])
+    assert not torch.equal(flags["image"], flags["video"])
 
 
 def test_running_mean_is_the_mean_of_all_tokens_before() -> None:
@@ -96,7 +204,7 @@ def test_explained_variance_of_mse_is_r2_against_the_running_mean() -> None:
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["smooth_l1", "mse", "cosine"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_explained_variance_equals_the_slow_formula(kind: str) -> None:
     predicted, target = pair()
     running = RunningMean(5, torch.device("cpu"))

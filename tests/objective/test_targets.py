@@ -46,11 +46,18 @@ def test_none_is_the_feature_itself() -> None:
     assert torch.equal(normalise(features(), "none"), features())
 
 
-def test_standardize_without_statistics_is_refused() -> None:
-    with pytest.raises(UsageError, match="channel statistics"):
-        normalise(features(), "standardize")
+@pytest.mark.parametrize("kind", ["standardize", "phi_s"])
+def test_kinds_that_need_statistics_are_refused_without(kind: str) -> None:
+    with pytest.raises(UsageError, match=rf"objective\.normalise={kind} needs statistics"):
+        normalise(features(), kind)
+
+
+def test_statistics_of_another_kind_are_not_taken() -> None:
+    moments = ChannelMoments(mean=torch.zeros(12), std=torch.ones(12), count=60)
+    with pytest.raises(UsageError, match=r"objective\.normalise=phi_s needs statistics"):
+        normalise(features(), "phi_s", moments)
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(UsageError, match="layer_norm, standardize, l2 or none"):
+    with pytest.raises(UsageError, match="layer_norm, standardize, phi_s, l2 or none"):
         normalise(features(), "whiten")

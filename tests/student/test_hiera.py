@@ -1,4 +1,5 @@
 import itertools
+from contextlib import AbstractContextManager
 
 import pytest
 import timm
@@ -227,10 +228,70 @@ def test_taps_count_blocks_done() -> None:
     assert blocks == [13, 21, 24, 7]
 
 
-@pytest.mark.parametrize("tap", ["stage5.end", "block:0", "block:25", "block:x", "", "stage3"])
+def test_every_backbone_stage_has_a_middle_and_an_end() -> None:
+    depths = (2, 3, 16, 3)
+    taps = [f"stage{number}.{place}" for number in (1, 2, 3, 4) for place in ("mid", "end")]
+    assert [tap_block(tap, depths) for tap in taps] == [1, 2, 4, 5, 13, 21, 23, 24]
+
+
+@pytest.mark.parametrize(
+    "tap",
+    ["stage5.end", "stage0.end", "stage3.start", "block:0", "block:25", "block:x", "", "stage3"],
+)
 def test_a_tap_that_does_not_exist_is_refused_with_those_that_do(tap: str) -> None:
-    with pytest.raises(UsageError, match=r"stage3.mid, stage3.end, stage4.end, or block:1 to bl"):
+    with pytest.raises(UsageError, match=r"stage1.mid, stage1.end, ... stage4.end, or block:1 to"):
         tap_block(tap, (2, 3, 16, 3))
+
+
+def test_rows_that_are_padded_or_out_of_order_are_no_units() -> None:
+    """Rows of different counts can only come padded, and would be mixed without a word."""
+    student = Student(build(NANO, GRID, seed=1), GRID).eval()
+    units = random_units(GRID, 2, 5)
+    pixels = pixels_of(GRID, random_clips(GRID, 2), units)
+    for place, value in ((-1, -1), (-1, int(units[1, -2])), (0, GRID.num_units), (2, 0)):
+        wrong = units.clone()
+        wrong[1, place] = value
+        with pytest.raises(RuntimeError, match="the same count in each, none padded"):
+            student(pixels, wrong)
+    with pytest.raises(
+        ValueError, match=r"pixels of \(2, 5\) .* do not belong to units of \(2, 4\)"
+    ):
+        student(pixels, units[:, :4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_checkpointing_changes_no_bit(dtype: torch.dtype) -> None:
+    """Drop-path draws the same again when blocks are computed again."""
+    units = random_units(GRID, 4, 5)
+    pixels = pixels_of(GRID, random_clips(GRID, 4), units)
+    results, kept = [], []
+    for again in (False, True):
+        backbone = build(StudentConfig(size="nano", drop_path=0.5), GRID, seed=1)
+        student = Student(backbone, GRID, ALL_TAPS, grad_checkpointing=again).train()
+        sizes: list[int] = []
+        with torch.random.fork_rng(devices=[]), saved_bytes(sizes):
+            torch.manual_seed(3)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not torch.float32):
+                out = student(pixels, units)
+        torch.stack([value.float().square().mean() for value in out.values()]).sum().backward()
+        results.append((out, {n: p.grad for n, p in student.named_parameters()}))
+        kept.append(sum(sizes))
+    (plain, gradients), (out, other) = results
+    assert all(torch.equal(plain[tap], out[tap]) for tap in ALL_TAPS)
+    for name, gradient in gradients.items():
+        same = other[name] is None if gradient is None else torch.equal(gradient, other[name])
+        assert same, name
+    assert kept[1] < kept[0] / 3
+
+
+def saved_bytes(sizes: list[int]) -> AbstractContextManager[None]:
+    """Counts what the backward pass keeps."""
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
 
 
 def test_normalised_pixels_are_imagenet_ones() -> None:

@@ -17,7 +17,8 @@ from kdhiera.errors import UsageError
 from kdhiera.grid import Grid
 from kdhiera.teachers.base import state_sha256
 from kdhiera.teachers.build import build_teacher
-from kdhiera.teachers.timm_image import TimmImageTeacher, resample_positions
+from kdhiera.teachers.positions import resample_positions
+from kdhiera.teachers.transformer import TransformerTeacher as TimmImageTeacher
 
 GRID = Grid(num_frames=4, height=128, width=128)
 CPU = torch.device("cpu")

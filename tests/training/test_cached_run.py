@@ -107,14 +107,19 @@ class Source:
         return self.reader.read(samples, view=view)
 
 
-def run(cache: Cache, folder: Path, *, stop_at: int = -1) -> list[dict[str, Any]]:
-    """Train, from what the folder's snapshot names if it has one."""
+def run(
+    cache: Cache, folder: Path, *, stop_at: int = -1, shift: float = 0.0
+) -> list[dict[str, Any]]:
+    """Train, from what the folder's snapshot names if it has one.
+
+    `shift` falsifies the means that the run is started with.
+    """
     folder.mkdir(exist_ok=True)
     reader = CacheReader(cache, num_views=1, columns=tuple(COLUMNS), snapshot=load_snapshot(folder))
     save_snapshot(folder, reader.snapshot)
     setup = Setup(run_dir=folder, identity={"snapshot": reader.snapshot_sha256}, masks=MASKS)
     targets = [
-        replace(spec, column=column, statistics=moments(reader, column))
+        replace(spec, column=column, statistics=moments(reader, column, shift))
         for spec, column in zip(setup.targets(), COLUMNS, strict=True)
     ]
     setup.run(
@@ -130,10 +135,10 @@ def run(cache: Cache, folder: Path, *, stop_at: int = -1) -> list[dict[str, Any]
     return lines_of(folder)
 
 
-def moments(reader: CacheReader, column: str) -> ChannelMoments:
+def moments(reader: CacheReader, column: str, shift: float) -> ChannelMoments:
     found = reader.statistics(column)
     return ChannelMoments(
-        mean=torch.tensor(found.mean), std=torch.tensor(found.std), count=found.count
+        mean=torch.tensor(found.mean) + shift, std=torch.tensor(found.std), count=found.count
     )
 
 
@@ -184,3 +189,22 @@ def test_a_checkpoint_holds_the_statistics_and_a_run_goes_on_with_them(
         assert frozen[name]["mean"].dtype is torch.float64
         assert np.array_equal(frozen[name]["mean"].numpy(), found.mean)
         assert np.array_equal(frozen[name]["std"].numpy(), found.std)
+
+
+def test_a_run_goes_on_with_the_statistics_that_it_began_with(cache: Cache, tmp_path: Path) -> None:
+    whole = run(cache, tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        run(cache, tmp_path / "stopped", stop_at=5)
+    assert run(cache, tmp_path / "stopped", shift=0.5) == whole
+    assert run(cache, tmp_path / "fresh", shift=0.5) != whole
+
+
+def test_a_part_that_was_made_anew_is_refused_though_its_statistics_are_the_same(
+    cache: Cache, tmp_path: Path
+) -> None:
+    with pytest.raises(StoppedError):
+        run(cache, tmp_path / "run", stop_at=5)
+    cache.store.delete_folder("commits/d-0")  # as `cache verify --repair` does
+    write_shard(cache, "d-0")
+    with pytest.raises(MismatchError, match=r"base of d-0 view 0 .* was replaced by another one"):
+        run(Cache.open(cache.url), tmp_path / "run")

@@ -1,4 +1,8 @@
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +11,7 @@ from tiny_run import MemorySource, Setup
 from torch.nn import functional as F
 
 from kdhiera.config import ObjectiveConfig
+from kdhiera.objective.targets import PhiS
 from kdhiera.student.heads import HeadSpec, build_heads
 from kdhiera.training.batches import Batch, make_batch, position_of
 from kdhiera.training.optim import Schedule
@@ -15,7 +20,12 @@ from kdhiera.training.step import Learner, NonFiniteError, seeded
 CPU = torch.device("cpu")
 
 
-def learner(setup: Setup, dtype: torch.dtype = torch.float32, **changes: object) -> Learner:
+def learner(
+    setup: Setup,
+    dtype: torch.dtype = torch.float32,
+    objective: ObjectiveConfig | None = None,
+    **changes: object,
+) -> Learner:
     student, targets = setup.student(), setup.targets()
     heads = {
         spec.name: HeadSpec(
@@ -27,7 +37,7 @@ def learner(setup: Setup, dtype: torch.dtype = torch.float32, **changes: object)
         student=student,
         heads=build_heads(heads, seed=1),
         targets=targets,
-        objective=ObjectiveConfig(),
+        objective=objective or ObjectiveConfig(),
         config=setup.config(**changes),
         schedule=Schedule(peak=1e-3, final=1e-3, warmup_steps=0, num_steps=100),
         device=CPU,
@@ -51,7 +61,7 @@ def test_losses_are_those_of_the_formula(setup: Setup, source: MemorySource) -> 
     wanted = {}
     for spec in setup.targets():
         target = F.layer_norm(batch.columns[spec.column]["codes"], (spec.width,), eps=1e-6)
-        prediction = same.heads[spec.name](taps[spec.tap])
+        prediction = same.heads(taps)[spec.name]
         wanted[spec.name] = F.smooth_l1_loss(prediction, target)
     for name, value in wanted.items():
         torch.testing.assert_close(result.losses[name], value)
@@ -59,6 +69,43 @@ def test_losses_are_those_of_the_formula(setup: Setup, source: MemorySource) -> 
     assert result.lr == 1e-3
     assert result.cosine is not None
     assert result.cosine.keys() == wanted.keys()
+
+
+def test_teachers_are_dropped_sample_by_sample(setup: Setup, source: MemorySource) -> None:
+    """With p = 1 every sample learns from its worse teacher alone."""
+    source.features[:, [3, 5], ..., 16:] *= 10  # channels that only the image teacher has
+    batch, raw = batch_of(setup, source), ObjectiveConfig(normalise="none")
+    alone = [
+        quiet(setup, raw).step(batch.map(lambda t, r=row: t[r : r + 1]), measure=False).losses
+        for row in range(4)
+    ]
+    weight = {"image/9": 1.0, "video/3": 0.5}
+    worst = [max(losses, key=lambda name: losses[name].item()) for losses in alone]
+    assert worst == ["image/9", "video/3", "video/3", "image/9"]
+    wanted = [weight[name] * losses[name] for name, losses in zip(worst, alone, strict=True)]
+    dropping = ObjectiveConfig(normalise="none", teacher_drop=1.0)
+    result = quiet(setup, dropping).step(batch, measure=False)
+    torch.testing.assert_close(result.loss, torch.stack(wanted).mean())
+    mean = torch.stack([losses["image/9"] for losses in alone]).mean()
+    torch.testing.assert_close(result.losses["image/9"], mean)
+
+
+def test_teacher_drop_does_not_care_for_the_order_of_a_batch(
+    setup: Setup, source: MemorySource
+) -> None:
+    batch, half = batch_of(setup, source), ObjectiveConfig(teacher_drop=0.5)
+    first = quiet(setup, half).step(batch, measure=False)
+    turned = quiet(setup, half).step(batch.map(lambda t: t.flip(0)), measure=False)
+    torch.testing.assert_close(first.loss, turned.loss)
+    later = replace(batch, position=replace(batch.position, step=1))
+    assert not torch.equal(quiet(setup, half).step(later, measure=False).loss, first.loss)
+
+
+def quiet(setup: Setup, objective: ObjectiveConfig | None = None) -> Learner:
+    """A learner without drop-path, so that samples do not share a draw."""
+    made = learner(setup, objective=objective)
+    made.student.eval()
+    return made
 
 
 def test_drop_path_is_a_function_of_seed_and_step(setup: Setup, source: MemorySource) -> None:
@@ -137,9 +184,100 @@ def test_a_learner_goes_on_from_its_state(setup: Setup, source: MemorySource) ->
     assert a.explained_variance == b.explained_variance
 
 
+def test_a_learner_goes_on_with_the_rotation_it_began_with(
+    setup: Setup, source: MemorySource
+) -> None:
+    def made(seed: int) -> Learner:
+        ours = learner(setup, objective=ObjectiveConfig(normalise="phi_s"))
+        generator = torch.Generator().manual_seed(seed)
+        ours.targets = [
+            replace(spec, statistics=PhiS(
+                mean=torch.randn(spec.width, generator=generator).double(),
+                matrix=torch.randn(spec.width, spec.width, generator=generator).double(),
+                count=9,
+            ))
+            for spec in ours.targets
+        ]  # fmt: skip
+        return ours
+
+    first, second = made(0), made(1)
+    first.step(batch_of(setup, source, 0), measure=False)
+    second.load_state_dict(first.state_dict())
+    a = first.step(batch_of(setup, source, 1), measure=False)
+    b = second.step(batch_of(setup, source, 1), measure=False)
+    assert torch.equal(a.loss, b.loss)
+
+
 def test_position_decides_the_learning_rate(setup: Setup, source: MemorySource) -> None:
     ours = learner(setup)
     ours.schedule = Schedule(peak=1.0, final=0.0, warmup_steps=10, num_steps=20)
     batch = batch_of(setup, source)
     moved = replace(batch, position=replace(batch.position, step=4))
     assert ours.step(moved, measure=False).lr == 0.5
+
+
+COMPILED = """
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, {folder!r})
+from test_step import CPU, batch_of, learner
+from tiny_run import MemorySource, Setup
+
+import torch._inductor.config
+
+from kdhiera.config import ObjectiveConfig
+from kdhiera.errors import KdhieraError
+from kdhiera.student import hiera
+from kdhiera.training.step import explain_compiler
+
+hiera.SIZES = {{"nano": {{**hiera.SIZES["nano"], "stages": (1, 1, 1, 1)}}}}  # to be quicker
+torch.set_num_threads(1)
+setup, source = Setup(run_dir=Path("unused")), MemorySource()
+objective = ObjectiveConfig(teacher_drop=0.5, loss="cosine_smooth_l1")
+plain, compiled = (learner(setup, objective=objective) for _ in range(2))
+compiled._forward = torch.compile(compiled._run, fullgraph=True, backend="aot_eager")
+for step in range(2):
+    results = [
+        each.step(batch_of(setup, source, step), measure=True) for each in (plain, compiled)
+    ]
+    assert torch.equal(results[0].loss, results[1].loss), results
+    assert torch.equal(results[0].grad_norm, results[1].grad_norm), results
+counters = torch._dynamo.utils.counters
+assert not counters["graph_break"], counters["graph_break"]
+assert counters["stats"]["unique_graphs"] == 1, counters["stats"]
+
+torch._inductor.config.cpp.cxx = (None, "/nowhere/g++")
+try:
+    with explain_compiler(True):
+        torch.compile(torch.sin)(torch.ones(3))
+except KdhieraError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_forward_and_losses_compile_into_one_graph() -> None:
+    """No graph breaks and no recompilation; the same losses and gradients, drop-path included.
+
+    Without a compiler `train.compile` is refused in a sentence. In a process of its own: the
+    shape checks of the tests are no part of the product, and no compiler sees through them.
+    """
+    code = COMPILED.format(folder=str(Path(__file__).parent))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("train.compile: torch cannot compile the step here (")
+    assert done.stdout.endswith("or set train.compile=false\n")
+
+
+def test_the_setting_compiles(setup: Setup) -> None:
+    assert hasattr(learner(setup, compile=True)._forward, "_torchdynamo_orig_callable")
+    assert not hasattr(learner(setup)._forward, "_torchdynamo_orig_callable")
