@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from kdhiera.cache.compact import Calibration
+from kdhiera.cache.calibration import Calibration
 from kdhiera.config import RunConfig
 from kdhiera.data.clip import Clip
 from kdhiera.data.shards import Sample

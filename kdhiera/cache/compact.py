@@ -32,7 +32,7 @@ from kdhiera.grid import TOKENS_PER_UNIT
 Basis = Mapping[str, np.ndarray]
 
 LEVELS = Levels(linear=63, curve=1.0, top=119)
-_ROUND_UP_FROM = 0.58  # fewest bits at equal error on ViT features: 0.5 costs 0.03 to 0.07 more
+ROUND_UP_FROM = 0.58  # fewest bits at equal error on ViT features: 0.5 costs 0.02 to 0.07 more
 _STEP_BYTES = 2  # a bfloat16
 _LEAST_STEP = 0x0080  # bits of the least normal one
 _LARGEST = 1e36  # of a coefficient: sums over thousands of them stay within float32
@@ -150,11 +150,11 @@ class CompactCodec:
             ),
             1,
         )
-        return _haar(bands).add_(self.mean).view(*codes.shape[:2], TOKENS_PER_UNIT, width)
+        return haar(bands).add_(self.mean).view(*codes.shape[:2], TOKENS_PER_UNIT, width)
 
     def coefficients(self, units: Float32[Tensor, "*n 4 c"]) -> Float32[Tensor, "*n 4 c"]:
         """What is rounded, by band and component: as much energy as the units about `mean`."""
-        bands = _haar(units - self.mean)
+        bands = haar(units - self.mean)
         mean_band, details = bands[..., :1, :], bands[..., 1:, :].contiguous()
         return torch.cat((mean_band @ self.components[0].T, details @ self.components[1].T), -2)
 
@@ -187,7 +187,7 @@ class CompactCodec:
         steps, fits = _steps(values.abs().flatten(1), counts, self.error)
         size = _bfloat16(steps)[:, None, None]
         scaled = (values.abs() / size).masked_fill_((steps == 0)[:, None, None], 0.0)
-        codes = LEVELS.nearest(scaled, up_from=_ROUND_UP_FROM).copysign_(values)
+        codes = LEVELS.nearest(scaled, up_from=ROUND_UP_FROM).copysign_(values)
         shifted = codes.to(torch.int16) + 8
         head = torch.stack((steps & 255, steps >> 8), -1).to(torch.uint8)
         low, high = (_paired(half & 15) for half in (shifted, shifted >> 4))
@@ -195,61 +195,7 @@ class CompactCodec:
         return torch.cat(parts, -1), fits
 
 
-class Calibration:
-    """Means and principal components of features, clip by clip; holds no clip.
-
-    Attributes:
-        num_units: Units that were taken in.
-
-    Args:
-        width: Channels.
-    """
-
-    def __init__(self, width: int) -> None:
-        self.num_units = 0
-        self._shift: Tensor | None = None  # about the first clip's means no digits cancel
-        self._sum = torch.zeros(width, dtype=torch.float64)
-        self._moments = torch.zeros(TOKENS_PER_UNIT, width, width, dtype=torch.float64)
-
-    def add(self, features: Float[Tensor, "n units 4 c"]) -> None:
-        """Take in all units of some clips."""
-        for clip in features.double():
-            if self._shift is None:
-                self._shift = clip.mean((0, 1))
-                self._sum, self._moments = (t.to(clip.device) for t in (self._sum, self._moments))
-            bands = _haar(clip - self._shift)
-            self.num_units += len(bands)
-            self._sum += bands[:, 0].sum(0)
-            self._moments += torch.einsum("kbc,kbd->bcd", bands, bands)
-
-    def basis(self, *, error: float) -> dict[str, np.ndarray]:
-        """What a column stores of it.
-
-        Args:
-            error: Share of every row's energy that encoding may lose, above 0.
-        """
-        assert self._shift is not None, "nothing was added"
-        moments = self._moments / self.num_units
-        mean = self._sum / self.num_units  # of the mean band: twice that of the channels
-        moments[0] -= mean[:, None] * mean
-        components = torch.stack([_principal(moments[0]), _principal(moments[1:].sum(0))])
-        of_bands = components[[0, 1, 1, 1]]
-        variances = torch.einsum("bpc,bcd,bpd->bp", of_bands, moments, of_bands).flatten()
-        falling = variances.argsort(dim=0, descending=True, stable=True)
-        half = len(falling) // 2
-        # A byte holds the largest with the smallest: all bytes have about as much to say.
-        order = torch.stack((falling[:half], falling.flip(0)[:half]), 1).flatten()
-        pairs = _likeliest_first(variances, order, error)
-        return {
-            "mean": (self._shift + mean / 2).float().cpu().numpy(),
-            "components": components.float().cpu().numpy(),
-            "order": order.to(torch.int32).cpu().numpy(),
-            "pairs": pairs.cpu().numpy(),
-            "error": np.array(error),
-        }
-
-
-def _haar(tokens: Float[Tensor, "*k 4 c"]) -> Float[Tensor, "*k 4 c"]:
+def haar(tokens: Float[Tensor, "*k 4 c"]) -> Float[Tensor, "*k 4 c"]:
     """Mean and differences of a unit's 2 x 2 tokens; its own inverse.
 
     Half of the sum, and of the differences over x, over y, and over both: orthonormal.
@@ -257,12 +203,6 @@ def _haar(tokens: Float[Tensor, "*k 4 c"]) -> Float[Tensor, "*k 4 c"]:
     a, b, c, d = tokens.unbind(-2)
     left, right, over, under = a + c, b + d, a - c, b - d
     return torch.stack((left + right, left - right, over + under, over - under), -2) / 2
-
-
-def _principal(moments: Float[Tensor, "c c"]) -> Float[Tensor, "c c"]:
-    """Eigenvectors, one a row, largest eigenvalue first."""
-    vectors: Tensor = torch.linalg.eigh(moments).eigenvectors
-    return vectors.flip(1).T.contiguous()
 
 
 def _steps(
@@ -286,8 +226,8 @@ def _steps(
     largest = values.amax(1)
     fits = largest <= _LARGEST
     allowed = error * values.double().square().sum(1)
-    # No coefficient errs by more than `_ROUND_UP_FROM` steps, except where levels are far apart.
-    low = _bits((allowed / counts.clamp_min(1)).sqrt() / _ROUND_UP_FROM)
+    # No coefficient errs by more than `ROUND_UP_FROM` steps, except where levels are far apart.
+    low = _bits((allowed / counts.clamp_min(1)).sqrt() / ROUND_UP_FROM)
     searched = fits & (low >= _LEAST_STEP)
     values = values.masked_fill(~searched[:, None], 0.0)
     below = _excess(values, low, allowed)
@@ -318,7 +258,7 @@ def _excess(
     """Logarithm of what rows lose over what they may."""
     size = _bfloat16(steps)
     scaled = values / size[:, None]
-    lost = LEVELS.level(LEVELS.nearest(scaled, up_from=_ROUND_UP_FROM)).sub_(scaled)
+    lost = LEVELS.level(LEVELS.nearest(scaled, up_from=ROUND_UP_FROM)).sub_(scaled)
     return (lost.square_().sum(1, dtype=torch.float64) * size.double().square() / allowed).log()
 
 
@@ -342,34 +282,3 @@ def _look_up(
     """Every byte in the table of its position."""
     starts = torch.arange(0, tables.numel(), 256, dtype=torch.int32, device=tables.device)
     return tables.flatten().index_select(0, (bytes_ + starts).flatten()).view(bytes_.shape)
-
-
-def _likeliest_first(
-    variances: Float[Tensor, " n"], order: Int64[Tensor, " n"], error: float
-) -> UInt8[Tensor, "n/2 256"]:
-    """Pairs of low halves by falling probability, were the coefficients Gaussian.
-
-    So every byte has about the same distribution, and one Huffman table suits all.
-    """
-    step = math.sqrt(12 * _water_level(variances, error)) or 1.0
-    sizes = (variances / step**2).clamp_min(1e-4).sqrt()[order, None]
-    codes = torch.arange(-128, 128, dtype=sizes.dtype, device=sizes.device)
-    edges = (codes.abs() + _ROUND_UP_FROM - 1).copysign(codes)
-    inner = torch.special.ndtr(edges / sizes)
-    outer = torch.special.ndtr((edges + codes.sign()) / sizes)
-    likely = torch.where(
-        codes == 0, 2 * torch.special.ndtr(_ROUND_UP_FROM / sizes) - 1, (outer - inner).abs()
-    )
-    halves = likely.roll(8, 1).view(-1, 16, 16).sum(1)  # by the low half of code + 8
-    together = (halves[1::2, :, None] * halves[0::2, None, :]).flatten(1)
-    return together.argsort(dim=1, descending=True, stable=True).to(torch.uint8)
-
-
-def _water_level(variances: Float[Tensor, " n"], error: float) -> float:
-    """Loss of every coefficient that has so much, at `error` of their sum (Cover and Thomas)."""
-    low, high = 0.0, float(variances.max())
-    for _ in range(60):
-        level = (low + high) / 2
-        enough = variances.clamp_max(level).sum() >= error * variances.sum()
-        low, high = (low, level) if enough else (level, high)
-    return high

@@ -5,7 +5,7 @@
 | fp32 | codes float32  | none  |
 | fp16 | codes float16  | 11 bits; a row with a value beyond 65504 is `overflow` |
 | bf16 | codes uint16, the upper half of a float32 | 8 bits |
-| int8 | codes int8, scale float32 | at most scale / 2 a value, 3 % beyond 79 scales |
+| int8 | codes int8, scale float32 | at most scale / 2 a value, 2 % beyond 79 scales |
 | compact | records of uint8 of a calibrated transform | see `kdhiera.cache.compact` |
 """
 
@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Float, Float32, Int, Shaped
 from torch import Tensor
 
-from kdhiera.cache.compact import Basis, Calibration, CompactCodec, Encoded
+from kdhiera.cache.calibration import Calibration
+from kdhiera.cache.compact import Basis, CompactCodec, Encoded
 from kdhiera.cache.layout import ArraySpec
 from kdhiera.cache.levels import Levels
 from kdhiera.grid import TOKENS_PER_UNIT
@@ -31,10 +32,10 @@ ENCODINGS = ("fp32", "fp16", "bf16", "int8", "compact")
 NEEDS_BASIS = frozenset({"compact"})
 
 _HASH = "sha256"
-INT8_LEVELS = Levels(linear=79, curve=0.25, top=127)
+INT8_LEVELS = Levels(linear=79, curve=0.125, top=127)
 _SCALES_PER_RMS = 20.0
 _TINY = torch.finfo(torch.float32).tiny
-_LARGEST = torch.finfo(torch.float32).max / 1.03  # a level is at most 3 % above its value
+_LARGEST = torch.finfo(torch.float32).max / 1.03  # a level is at most 2 % above its value
 _AXES = ("row", "kept_unit", "token", "channel")
 
 

@@ -20,7 +20,7 @@ class Levels:
 
     Args:
         linear: Last code whose level is itself.
-        curve: How fast levels spread beyond it, a multiple of 1/4.
+        curve: How fast levels spread beyond it, a power of 2.
         top: Largest code.
     """
 

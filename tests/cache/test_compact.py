@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdhiera.cache.arrays import ArrayWriter, create_group
-from kdhiera.cache.compact import Calibration, CompactCodec
+from kdhiera.cache.calibration import Calibration
+from kdhiera.cache.compact import CompactCodec
 from kdhiera.cache.encoding import calibrate
 
 DOC = Path(__file__).parents[2] / "docs" / "encodings.md"

@@ -90,16 +90,14 @@ def test_int8_errs_by_half_a_step_at_most(seed: int, size: float):
 
 
 @given(seed=st.integers(0, 200), outlier=st.sampled_from([30.0, 300.0, 1e4, 1e8]))
-def test_int8_keeps_outliers_to_three_per_cent_and_the_rest_to_half_a_step(
-    seed: int, outlier: float
-):
+def test_int8_keeps_outliers_to_two_per_cent_and_the_rest_to_half_a_step(seed: int, outlier: float):
     features = torch.randn(2, 3, 4, 384, generator=torch.Generator().manual_seed(seed))
     features[..., 17] *= outlier
     codec = codec_of("int8")
     arrays = codec.encode(features, units_of(features)).arrays
     decoded = codec.decode(arrays, units_of(features))
     scale = arrays["scale"][..., None]
-    assert ((decoded - features).abs() <= torch.maximum(0.51 * scale, 0.03 * features.abs())).all()
+    assert ((decoded - features).abs() <= torch.maximum(0.51 * scale, 0.021 * features.abs())).all()
     # Its scale is what the root mean square asks for: four times finer than a maximum's.
     rms = features.square().mean(-1, keepdim=True).sqrt()
     assert (scale <= 1.01 * rms / 20).all()
@@ -113,7 +111,7 @@ def test_int8_keeps_zeros_and_extremes():
     decoded = codec.decode(encoded.arrays, units_of(features))
     assert encoded.representable.all()
     assert (decoded[0, 0] == 0).all()
-    torch.testing.assert_close(decoded[0, 1], features[0, 1], rtol=0.03, atol=0)
+    torch.testing.assert_close(decoded[0, 1], features[0, 1], rtol=0.02, atol=0)
 
 
 def test_int8_scales_have_eight_significant_bits():

@@ -25,6 +25,7 @@ from tiny_cache import (
 )
 from turns import SteppedStore, Turns, run_in_turns
 
+from kdhiera.cache import layout
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.drop import drop_column
 from kdhiera.cache.garbage import LEASE_SECONDS, Kind
@@ -302,6 +303,13 @@ def test_a_basis_never_serves_a_column_made_in_another_way(cache: Cache):
     assert other.columns.has_basis(column)
 
 
+@pytest.fixture
+def row_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even the tiny rows of these tests are chunks of their own, which a reader does not keep."""
+    monkeypatch.setattr(layout, "SMALL_ROW_BYTES", 64)
+
+
+@pytest.mark.usefixtures("row_chunks")
 def test_training_says_that_its_column_was_dropped(cache: Cache):
     """Before anything of the part was read, and with its files open; other columns go on."""
     both = CacheReader(cache, num_views=1, columns=COLUMNS, shards=["a-0"])

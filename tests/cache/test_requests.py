@@ -14,6 +14,7 @@ from kdhiera.cache.layout import PartId
 from kdhiera.cache.reader import CacheReader
 from kdhiera.data.shards import ShardIndex
 from kdhiera.stages.extract_plan import make_plan
+from kdhiera.stores import FileVersion
 
 PARTS = [PartId(shard_id=shard, view=view) for shard in ("a-0", "b-0", "c-0") for view in (0, 1)]
 RECORDS = len(PARTS) * (1 + len(COLUMNS))
@@ -30,7 +31,8 @@ def cache(s3_url: str) -> Cache:
 def requests(server: Server, already: int) -> Counter[str]:
     """Requests since there were `already`, by what they ask for."""
     kinds: Counter[str] = Counter()
-    for method, path in server.requests[already:]:
+    for request in server.requests[already:]:
+        method, path = request.method, request.path
         name = path.rpartition("/")[2]
         if "/commits/" in path:
             kinds["record"] += 1
@@ -54,7 +56,13 @@ def test_opening_lists_once_and_reads_every_record_once(cache: Cache, s3: Server
 
 def test_planning_asks_for_no_more_than_opening(cache: Cache, s3: Server):
     shards = [
-        ShardIndex(path=f"{name}.tar", shard_id=name, num_bytes=0, samples=(), problems=())
+        ShardIndex(
+            path=f"{name}.tar",
+            shard_id=name,
+            version=FileVersion(num_bytes=0),
+            samples=(),
+            problems=(),
+        )
         for name in ("a-0", "c-0", "new-0")
     ]
     run = config(

@@ -148,8 +148,9 @@ def test_kept_pixels_are_those_of_the_replayed_clip(make_run: MakeRun, progress:
     """Rows record what replays them: PyAV or decord give the stored bytes again."""
     from kdhiera.cache.reader import read_base
     from kdhiera.data.clip import Clip, ClipRequest
+    from kdhiera.data.patterns import expand
     from kdhiera.data.sandbox import Sandbox
-    from kdhiera.data.shards import expand, index_shard, read_shard
+    from kdhiera.data.shards import index_shard, read_shard
     from kdhiera.stages.assemble import decode_limits
 
     config = make_run("replay")
