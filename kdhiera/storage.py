@@ -20,7 +20,7 @@ from kdhiera.errors import KdhieraError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _SYNC_THREADS = 8
-_TRIES = 10
+_TRIES = 100
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 STAGED = "kdhiera-staged-"  # begins the names of temporary folders that are uploaded

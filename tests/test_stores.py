@@ -18,7 +18,7 @@ from s3_server import Server
 
 from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.objects import ObjectStore
-from kdhiera.storage import file_crc32c
+from kdhiera.storage import file_crc32c, temporary_path
 from kdhiera.stores import LocalStore, open_store
 
 ODD = ["a b/c d", "é/ü.json", "100%/x%20y", "a+b=c&d?e#f", "~tilde/(x)/[y]", "x" * 200]
@@ -34,6 +34,41 @@ def store(request, tmp_path):
 @pytest.fixture
 def bucket_store(s3_url):
     return ObjectStore(s3_url)
+
+
+def test_unfinished_files_are_those_of_atomic_writes(tmp_path):
+    store = LocalStore(tmp_path / "root")
+    store.write("a/b", b"1")
+    written = temporary_path(tmp_path / "root/a/b")
+    written.write_bytes(b"half")
+    for other in ("a/.b.tmp", "a/.git", "a/b.tmp", ".hidden"):
+        (tmp_path / "root" / other).write_bytes(b"mine")
+    (entry,) = store.unfinished()
+    assert (entry.key, entry.num_bytes) == (f"a/{written.name}", 4)
+    assert abs(entry.modified - time.time()) < 60
+    assert {e.key for e in store.walk("a")} == {"a/b", "a/b.tmp"}
+
+
+def test_folders_that_are_pruned_beside_writers_are_made_again(tmp_path):
+    """Writers make a folder and then a file in it; pruning may come between."""
+    store = LocalStore(tmp_path / "root")
+    stop = threading.Event()
+
+    def prune():
+        while not stop.is_set():
+            for i in range(5):
+                store.prune(f"a/{i}/b")
+
+    pruning = threading.Thread(target=prune)
+    pruning.start()
+    try:
+        for i in range(500):
+            assert store.create(f"a/{i % 5}/b/c", b"1")
+            store.delete([f"a/{i % 5}/b/c"])
+            store.stage(f"a/{i % 5}/b/{i}")  # empty, so it may be gone again
+    finally:
+        stop.set()
+        pruning.join()
 
 
 def race(store, name, barrier, queue, keys):
@@ -127,6 +162,29 @@ class TestContract:
         store.write("c/d", b"2")
         assert store.read_many(["a", "b", "c/d", "a"]) == [b"1", None, b"2", b"1"]
         assert store.read_many([]) == []
+
+    def test_read_ends(self, store):
+        store.write("a/long", b"0123456789")
+        store.write("short", b"xy")
+        sizes = {"a/long": 10, "short": 2, "nothing": 5, "a/nothing": 1}
+        assert store.read_ends(sizes, 4) == [b"6789", b"xy", None, None]
+        assert store.read_ends({}, 4) == []
+
+    def test_unfinished_and_pruned(self, store):
+        store.write("a/b/c", b"1")
+        store.create("a/d", b"1")
+        assert list(store.unfinished()) == []
+        store.delete(["a/b/c"])
+        store.prune("a/b")
+        assert store.names("a") == ["d"]
+        store.prune("a")
+        store.prune("nothing/there")
+        assert store.read("a/d") == b"1"
+        store.delete(["a/d"])
+        store.prune("a")
+        assert store.names("") == []
+        store.write("a/b/c", b"2")
+        assert store.read("a/b/c") == b"2"
 
     @pytest.mark.parametrize("key", ODD)
     def test_odd_names(self, store, key):

@@ -455,11 +455,14 @@ class Attempt:
             "rows_digest": self._rows_digest,
             **self._named(_base_files(files)),
         }
-        self._create(commit_file(self.part, None), seal(body))
-        commits = self.cache.part_commits(self.part)
-        if commits is None:
-            raise self._removed("its rows were")
-        return commits.base
+        key = commit_file(self.part, None)
+        self._create(key, seal(body))
+        try:
+            base = self.cache.read_commit(key)  # by its name: a listing may be late
+        except FileNotFoundError:
+            raise self._removed("its rows were") from None
+        assert isinstance(base, BaseCommit), base
+        return base
 
     def _publish_column(self, column: str, files: Files, base: BaseCommit) -> bool:
         """Publish a column unless there is one; returns whether it is this attempt's."""

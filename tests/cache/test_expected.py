@@ -3,10 +3,15 @@ from pathlib import Path
 import pytest
 from tiny_cache import COLUMNS, make_cache, write_part
 
-from kdhiera.cache.expected import expect_shard, expected_shards
+from kdhiera.cache.expected import (
+    expect_shard,
+    expect_shards,
+    expected_shards,
+    shard_records,
+)
 from kdhiera.cache.layout import PartId
 from kdhiera.cache.reader import CacheReader
-from kdhiera.errors import MismatchError
+from kdhiera.errors import DamagedError, MismatchError
 
 
 def test_a_shard_that_was_never_reached_refuses_training(tmp_path: Path):
@@ -21,6 +26,37 @@ def test_a_shard_that_was_never_reached_refuses_training(tmp_path: Path):
     shards = expected_shards(cache, anywhere)
     with pytest.raises(MismatchError, match="b-0 view 0 lacks base"):
         CacheReader(cache, num_views=1, columns=COLUMNS, shards=shards)
+
+
+def test_a_lost_or_exchanged_record_refuses_training_and_extraction_writes_it_anew(tmp_path: Path):
+    cache = make_cache(tmp_path)
+    paths = {shard: f"/data/{shard}.tar" for shard in ("a-0", "b-0")}
+    for shard in paths:
+        write_part(cache, PartId(shard_id=shard, view=0))
+    expect_shards(cache, paths)
+    before = shard_records(cache)
+    expect_shards(cache, paths)
+    assert shard_records(cache) == before  # no news
+    first, second = (tmp_path / "shards" / shard for shard in paths)
+    sound = first.read_bytes()
+    for data in (None, b"", sound[:-1], second.read_bytes()):
+        first.unlink()
+        if data is not None:
+            first.write_bytes(data)
+        with pytest.raises(DamagedError, match=r"shards/a-0 is .*kdhiera extract-teachers"):
+            expected_shards(cache, ["/data/*"])
+        expect_shards(cache, paths)
+        assert expected_shards(cache, ["/data/a-0.tar"]) == {"a-0"}
+
+
+def test_a_file_that_comes_back_under_its_path_is_news(tmp_path: Path):
+    cache = make_cache(tmp_path)
+    for shard in ("old", "new", "old"):
+        expect_shards(cache, {shard: "/data/x.tar"})
+        assert expected_shards(cache, ["/data/x.tar"]) == {shard}
+    expect_shards(cache, {"old": "/moved/x.tar"})
+    assert expected_shards(cache, ["/moved/*"]) == {"old"}
+    assert expected_shards(cache, ["/data/*"]) == {"new"}
 
 
 @pytest.mark.parametrize(

@@ -24,3 +24,12 @@ def test_any_changed_missing_or_added_byte_is_noticed(data: st.DataObject):
     ):
         with pytest.raises(DamagedError, match=r"record\.json is damaged"):
             unseal(damaged, "record.json")
+
+
+def test_a_record_of_another_kind_is_refused():
+    data = seal({"kind": "column", "width": 6})
+    assert unseal(data, "x", kinds=("base", "column"))["width"] == 6
+    with pytest.raises(DamagedError, match=r"base\.json is damaged: it is a column, not a base"):
+        unseal(data, "base.json", kinds=("base",))
+    with pytest.raises(DamagedError, match="it is a None, not a cache"):
+        unseal(seal({}), "x", kinds=("cache",))

@@ -14,7 +14,6 @@ from tiny_cache import (
     COLUMNS,
     SOURCE,
     WIDTHS,
-    add_column,
     assert_holds,
     begin,
     content,
@@ -29,6 +28,7 @@ from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import make_codec
 from kdhiera.cache.layout import ColumnStatus, PartId
 from kdhiera.cache.reader import CacheReader, read_base
+from kdhiera.cache.records import unseal
 from kdhiera.cache.stats import ChannelStatistics
 from kdhiera.errors import KdhieraError, MismatchError
 from kdhiera.stores import LocalStore
@@ -246,6 +246,84 @@ def test_an_attempt_that_took_longer_than_its_lease_publishes_nothing(cache: Cac
     assert attempts(cache) == []
 
 
+def lease(folder: Path) -> dict[str, object]:
+    return unseal((folder / "attempt.json").read_bytes(), "")
+
+
+def test_an_attempt_says_that_it_has_ended(cache: Cache):
+    with begin(cache, PART, COLUMNS[:1]) as attempt:
+        assert lease(attempt.folder)["ended"] is False
+        fill(attempt, content(PART), COLUMNS[:1])
+        attempt.commit()
+    assert lease(attempt.folder)["ended"] is True
+    assert lease(attempt.folder)["lease_seconds"] == 1000.0
+
+
+@pytest.mark.parametrize("clock", ["time", "monotonic"])
+def test_a_lease_runs_out_by_whichever_clock_went_on(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, clock: str
+):
+    """The monotonic one stands still while a machine sleeps, the other may be set back."""
+    original = getattr(time, clock)
+    with begin(cache, PART) as attempt:
+        fill(attempt, content(PART))
+        monkeypatch.setattr(time, clock, lambda: original() + 1001)
+        with pytest.raises(KdhieraError, match=r"longer than extract\.lease_seconds"):
+            attempt.commit()
+    assert cache.commits() == {}
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_files_that_are_taken_for_garbage_meanwhile_are_one_clear_error(cache: Cache):
+    """At any moment of the attempt, in whichever library notices first."""
+    what = content(PART, 5)
+    for taken in ("begun", "filled"):
+        with begin(cache, PART) as attempt:
+            if taken == "filled":
+                fill(attempt, what)
+            shutil.rmtree(attempt.folder)
+            with pytest.raises(KdhieraError, match="were removed as garbage"):
+                fill(attempt, what) if taken == "begun" else attempt.commit()
+    assert cache.commits() == {}
+    write_part(cache, PART, what)
+    assert_holds(CacheReader(cache, num_views=1, columns=COLUMNS), {PART: what})
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_an_attempt_that_cannot_begin_leaves_nothing(cache: Cache):
+    with pytest.raises(KdhieraError, match=r"column image\.1\.fp16 was removed"):
+        begin(cache, PART, ("image.1.fp16",))
+    assert attempts(cache) == []
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_what_is_still_being_written_is_gone_too(cache: Cache):
+    what = content(PART, 40)
+    for _ in range(10):
+        with begin(cache, PART) as attempt:
+            fill(attempt, what, batch=40)
+        assert attempts(cache) == []
+
+
+def test_a_base_that_is_removed_at_once_is_one_clear_error(cache: Cache):
+    """By a repair, between its publication and the columns'."""
+    store = cache.store
+
+    class Removing(type(store)):
+        def create(self, key, data):
+            done = super().create(key, data)
+            self.delete([key])
+            return done
+
+    cache.store = Removing(store.root)
+    with begin(cache, PART) as attempt:
+        fill(attempt, content(PART))
+        with pytest.raises(KdhieraError, match="removed from the cache while it was being"):
+            attempt.commit()
+    assert cache.commits() == {}
+    assert attempts(cache) == []
+
+
 def test_a_loser_with_equal_rows_binds_its_columns_to_the_winner(cache: Cache):
     what = content(PART, 6, bad=(1,))
     with begin(cache, PART, COLUMNS[:1]) as winner, begin(cache, PART, COLUMNS) as loser:
@@ -273,6 +351,25 @@ def test_a_loser_that_brings_nothing_new_leaves_nothing(cache: Cache):
     assert (lost.won_base, lost.adopted, lost.published) == (False, True, ())
     assert (lost.num_bytes, lost.replay_needed) == (0, False)
     assert attempts(cache) == [winner.folder]
+
+
+def test_a_winner_keeps_no_column_that_another_published_first(cache: Cache):
+    """Another attempt bound its column to this base before this one came to it."""
+    what = content(PART)
+    first, second = COLUMNS
+    with begin(cache, PART) as winner:
+        fill(winner, what)
+        publish = winner._publish_column
+
+        def after_another(column, files, base):
+            if column == second:
+                write_part(cache, PART, what, (second,), base=base)
+            return publish(column, files, base)
+
+        winner._publish_column = after_another  # type: ignore[method-assign]
+        assert winner.commit().published == (first,)
+    assert not (winner.folder / "targets.zarr/video").exists()
+    assert_holds(CacheReader(cache, num_views=1, columns=COLUMNS), {PART: what})
 
 
 def test_a_loser_with_other_rows_discards_them_and_replays_the_winners(cache: Cache):
@@ -420,9 +517,3 @@ def test_two_encodings_of_a_layer_lie_side_by_side(cache: Cache):
     write_part(cache, PART, what, ("image.1.int8", "image.1.fp32"))
     reader = CacheReader(cache, num_views=1, columns=("image.1.int8", "image.1.fp32"))
     assert_holds(reader, {PART: what}, reader.columns)
-
-
-def test_an_unknown_column_cannot_be_written(cache: Cache):
-    add_column(cache, "image.1.int8")
-    with pytest.raises(KeyError):
-        begin(cache, PART, ("image.7.int8",))
