@@ -8,10 +8,10 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import google_crc32c
 
@@ -22,6 +22,7 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _SYNC_THREADS = 8
 _TRIES = 100
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+_Made = TypeVar("_Made")
 
 STAGED = "kdhiera-staged-"  # begins the names of temporary folders that are uploaded
 
@@ -37,20 +38,39 @@ def fsync_folder(folder: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Create a folder and its parents so that they survive a power cut."""
+    in_folder(folder, lambda: None)
+
+
+def in_folder(folder: Path, make: Callable[[], _Made]) -> _Made:
+    """Make something in a folder that is created, with its parents, where it is missing.
+
+    Another process may remove empty folders at any moment: it is tried again then.
+
+    Args:
+        folder: The folder.
+        make: Makes it; raises FileNotFoundError if the folder has gone.
+
+    Returns:
+        What `make` does.
+    """
     for _ in range(_TRIES):
-        with contextlib.suppress(FileNotFoundError):  # an empty parent was just removed
-            return _make_folder(folder)
-    return _make_folder(folder)
+        with contextlib.suppress(FileNotFoundError):
+            return _once_in_folder(folder, make)
+    return _once_in_folder(folder, make)
 
 
-def _make_folder(folder: Path) -> None:
-    created = []
+def _once_in_folder(folder: Path, make: Callable[[], _Made]) -> _Made:
+    created: list[Path] = []
     while not folder.is_dir():
         created.append(folder)
         folder = folder.parent
     for path in reversed(created):
         path.mkdir(exist_ok=True)
-        fsync_folder(path.parent)
+    made = make()
+    for path in created:
+        with contextlib.suppress(FileNotFoundError):  # only if nothing was made in it
+            fsync_folder(path.parent)
+    return made
 
 
 def file_crc32c(path: Path) -> int:
@@ -169,7 +189,7 @@ def put_if_absent(path: Path, data: bytes) -> bool:
     temporary = temporary_path(path)
     try:
         with disk_errors(path):
-            with _open_new(temporary) as file:
+            with in_folder(path.parent, lambda: temporary.open("xb")) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -181,12 +201,3 @@ def put_if_absent(path: Path, data: bytes) -> bool:
             return True
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _open_new(path: Path) -> IO[bytes]:
-    """Create a file and its folders; an empty folder may be removed by another process."""
-    for _ in range(_TRIES):
-        make_folder(path.parent)
-        with contextlib.suppress(FileNotFoundError):
-            return path.open("xb")
-    return path.open("xb")

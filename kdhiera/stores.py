@@ -20,6 +20,7 @@ from kdhiera.storage import (
     disk_errors,
     file_crc32c,
     fsync_folder,
+    in_folder,
     is_temporary,
     make_folder,
     put_if_absent,
@@ -250,9 +251,9 @@ class LocalStore:
 
     def write(self, key: str, data: bytes) -> None:
         """Put a whole file in place by renaming it."""
+        path = self.root / key
         with disk_errors(self.root):
-            make_folder((self.root / key).parent)
-        write_atomic(self.root / key, data)
+            in_folder(path.parent, lambda: write_atomic(path, data))
 
     def create(self, key: str, data: bytes) -> bool:
         """Put a whole file in place by linking it."""
@@ -270,7 +271,7 @@ class LocalStore:
         for key in keys:
             path = self.root / key
             path.unlink(missing_ok=True)
-            if path.parent.is_dir():
+            with contextlib.suppress(FileNotFoundError):  # as an empty folder
                 fsync_folder(path.parent)
 
     def delete_folder(self, folder: str) -> None:

@@ -49,25 +49,33 @@ def test_unfinished_files_are_those_of_atomic_writes(tmp_path):
     assert {e.key for e in store.walk("a")} == {"a/b", "a/b.tmp"}
 
 
+def prune_forever(root, ready):
+    """Remove empty folders again and again; runs in a spawned process."""
+    store = LocalStore(root)
+    while True:
+        for i in range(5):
+            store.prune(f"a/{i}/b")
+        ready.set()
+        time.sleep(0.0005)  # a folder lives long enough for a file to be put into it
+
+
 def test_folders_that_are_pruned_beside_writers_are_made_again(tmp_path):
     """Writers make a folder and then a file in it; pruning may come between."""
     store = LocalStore(tmp_path / "root")
-    stop = threading.Event()
-
-    def prune():
-        while not stop.is_set():
-            for i in range(5):
-                store.prune(f"a/{i}/b")
-
-    pruning = threading.Thread(target=prune)
+    spawn = multiprocessing.get_context("spawn")
+    ready = spawn.Event()
+    pruning = spawn.Process(target=prune_forever, args=(store.root, ready), daemon=True)
     pruning.start()
     try:
-        for i in range(500):
+        assert ready.wait(60)
+        for i in range(1000):
             assert store.create(f"a/{i % 5}/b/c", b"1")
             store.delete([f"a/{i % 5}/b/c"])
+            store.write(f"a/{i % 5}/b/d", b"1")
+            store.delete([f"a/{i % 5}/b/d"])
             store.stage(f"a/{i % 5}/b/{i}")  # empty, so it may be gone again
     finally:
-        stop.set()
+        pruning.kill()
         pruning.join()
 
 

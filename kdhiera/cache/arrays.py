@@ -22,6 +22,7 @@ import tensorstore as ts
 import zarr
 from jaxtyping import Int, Shaped
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
+from zarr.storage import MemoryStore
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.layout import ArraySpec
@@ -47,8 +48,9 @@ class ArrayWriter:
         self._checksums: list[int] = []
         block = (spec.block_rows, *spec.shape)
         dtype = np.dtype(spec.dtype)
-        self._array: Any = zarr.open_group(folder, mode="r+").create_array(
-            name,
+        self._described: dict[str, Any] = {}
+        self._array: Any = zarr.create_array(
+            MemoryStore(self._described),
             shape=(0, *spec.shape),
             chunks=(1, *spec.shape) if spec.row_chunks else block,
             shards=block if spec.row_chunks else None,
@@ -68,7 +70,10 @@ class ArrayWriter:
             fill_value=0,
             dimension_names=spec.axes,
             chunk_key_encoding={"name": "default", "separator": "."},  # no folders to sync
+            zarr_format=3,
         )
+        self.path.mkdir()
+        _describe(self.path, self._described)
         self._block = np.empty(block, dtype)
         self._filled = 0
         self._writing: Any = None
@@ -132,6 +137,7 @@ class ArrayWriter:
         start, stop = self.num_rows, self.num_rows + self._filled
         block = self._block[: self._filled]
         self._array.resize((stop, *self.spec.shape))
+        _describe(self.path, self._described)
         self._writing = open_array(_file(self.path), write=True)[start:stop].write(block)
         self._checksums.append(google_crc32c.value(block))
         self.num_rows, self._filled = stop, 0
@@ -154,8 +160,20 @@ def _file(path: Path) -> Mapping[str, Any]:
 
 
 def create_group(folder: Path, attributes: Mapping[str, object]) -> None:
-    """Create a Zarr group."""
-    zarr.create_group(store=folder, attributes=dict(attributes), zarr_format=3)
+    """Create a Zarr group in a folder of an attempt, whose own folder must be there."""
+    described: dict[str, Any] = {}
+    zarr.create_group(MemoryStore(described), attributes=dict(attributes), zarr_format=3)
+    folder.mkdir()
+    _describe(folder, described)
+
+
+def _describe(folder: Path, described: Mapping[str, Any]) -> None:
+    """Write what zarr says of an array or a group, here and now.
+
+    Zarr's own writing of it goes on in threads after one of them failed, and makes folders
+    anew that were removed meanwhile.
+    """
+    (folder / "zarr.json").write_bytes(described["zarr.json"].to_bytes())
 
 
 def reading_context(pool_bytes: int) -> Any:

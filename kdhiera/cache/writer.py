@@ -427,6 +427,8 @@ class Attempt:
         )
 
     def _refuse(self, wrong: Sequence[str]) -> None:
+        if wrong and not (self.folder / ATTEMPT_FILE).exists():
+            raise self._collected()
         if wrong:
             raise KdhieraError(
                 f"part {self.part} was not committed: what was written to {self.folder} reads "

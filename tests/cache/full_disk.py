@@ -104,7 +104,7 @@ def fill_up(folder: Path, unit: str) -> None:
         found = cache.commits()
         attempts = {p.name for p in root.glob("parts/*/*/*")}
         named = {c.attempt for f in found.values() for c in (f.base, *f.columns.values())}
-        assert attempts == named, "leftovers"
+        assert attempts == named, f"leftovers {list(root.glob('parts/*/*/*/**/*'))} of {message}"
         assert not list(root.rglob(".*.tmp"))
         disk.leave(None)
         if room % 8 == 0:

@@ -152,11 +152,12 @@ def test_a_byte_holds_a_large_and_a_small_coefficient():
 
 def stored_codes(folder: Path, codec: CompactCodec, features: torch.Tensor) -> Path:
     """One written array, as in a part."""
-    create_group(folder, {})
-    writer = ArrayWriter(folder, "codes", codec.specs(features.shape[1])["codes"])
+    group = folder / "group"
+    create_group(group, {})
+    writer = ArrayWriter(group, "codes", codec.specs(features.shape[1])["codes"])
     writer.append(codec.encode(features, all_units(features)).arrays["codes"].numpy())
     writer.finish()
-    return folder / "codes"
+    return group / "codes"
 
 
 @pytest.mark.parametrize("width", [1, 7, 48])
