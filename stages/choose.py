@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -11,8 +12,11 @@ from kdhiera.cache.arrays import read_array
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.layout import ColumnStatus, PartId, column_group
 from kdhiera.cache.records import PartCommits
+from kdhiera.data.ranges import SourceError
 from kdhiera.data.shards import ShardIndex, index_shard, shard_stem
 from kdhiera.data.tars import ShardError
+
+logger = logging.getLogger(__name__)
 
 Columns = Mapping[str, tuple[str, str]]  # (teacher, layer) by column id
 
@@ -86,6 +90,9 @@ class ShardFinder:
                 try:
                     index = index_shard(path)
                 except ShardError:
+                    continue
+                except SourceError as error:
+                    logger.warning("%s", error)
                     continue
                 if index.shard_id == shard_id:
                     self._found[shard_id] = index

@@ -225,7 +225,6 @@ def make_plan(config: RunConfig, cache: Cache | None, shards: Sequence[ShardInde
     """
     columns = columns_of(config)
     parts = []
-    made_by: set[Versions] = set()
     committed = cache.commits({shard.shard_id for shard in shards}) if cache else {}
     for shard in shards:
         for view in range(config.views.num):
@@ -235,18 +234,24 @@ def make_plan(config: RunConfig, cache: Cache | None, shards: Sequence[ShardInde
             lacks = {c: key for c, key in columns.items() if c not in there}
             if commits is None or lacks:
                 parts.append(PartTask(shard=shard, view=view, base=commits is None, columns=lacks))
-            if commits is not None:
-                made_by |= {commits.base.versions, *(c.versions for c in there.values())}
     parts.sort(key=lambda task: task.view)  # a complete view can be trained on
     return ExtractPlan(
         cache=config.cache.dir,
         exists=cache is not None,
         keeps=(cache.mask_plan if cache else config.mask_plan).describe(),
-        probe=config.extract.probe_rows if parts and made_by and versions() not in made_by else 0,
+        probe=config.extract.probe_rows if parts and cache and _made_otherwise(cache) else 0,
         bases=_bases(config, cache, shards, {c for part in parts for c in part.columns}),
         parts=tuple(parts),
         num_parts=len(shards) * config.views.num,
     )
+
+
+def _made_otherwise(cache: Cache) -> bool:
+    """Whether something is committed, and nothing of it with the versions that are here."""
+    made_by: set[Versions] = set()
+    for commits in cache.commits().values():
+        made_by |= {commits.base.versions, *(c.versions for c in commits.columns.values())}
+    return bool(made_by) and versions() not in made_by
 
 
 def _bases(

@@ -154,16 +154,17 @@ def replay_rows(
         progress: Where progress is shown.
 
     Raises:
-        NoSourceError: If the shard of no committed part is among `data.shards`.
+        NoSourceError: If the shard of no committed part is among `data.shards` or where it lay.
         DamagedError: If a file of a chosen row is missing or damaged.
     """
     commits = {p: c for p, c in cache.commits().items() if c.base.array_rows}
-    shards = ShardFinder(expand(config.data.shards))
+    lay = dict.fromkeys(part.base.source.path for part in commits.values())
+    shards = ShardFinder([*expand(config.data.shards), *lay])
     chosen = choose_rows(cache, commits, shards, columns, num_rows)
     if not chosen:
         raise NoSourceError(
             f"no row of the cache in {cache.url} can be made again: none of its shards is in "
-            "data.shards; add one"
+            "data.shards, or where it lay; add one"
         )
     device = resolve_device(config.extract.device)
     replay = _Replay(

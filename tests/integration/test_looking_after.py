@@ -215,7 +215,8 @@ def test_nothing_is_made_again_where_it_cannot_be(
     elsewhere = tmp_path / "unrelated.tar"
     shutil.copy(shards[0], elsewhere)
     other = changed(run, f"data.shards=[{elsewhere}]")
-    report = check(other, progress, recompute=1)
+    with taken_away(*shards):
+        report = check(other, progress, recompute=1)
     assert "none of its shards is in data.shards" in report.describe()
     assert (report.verified.problems, report.sound) == ((), False)
     part = parts_of(run)[0]
@@ -312,6 +313,17 @@ def test_sources_are_ok_moved_or_changed(
 # going on under other versions
 
 
+@contextlib.contextmanager
+def taken_away(*paths: Path) -> Iterator[None]:
+    for path in paths:
+        path.rename(path.with_suffix(".away"))
+    try:
+        yield
+    finally:
+        for path in paths:
+            path.with_suffix(".away").rename(path)
+
+
 def other_versions() -> tuple[tuple[str, str], ...]:
     return (("torch", "0.0.1"),)
 
@@ -343,6 +355,24 @@ def test_other_versions_are_refused_if_rows_come_out_differently(
         extract(changed(run, "views.num=3"), progress=progress)
 
 
+def test_so_do_shards_that_are_new_to_the_cache(
+    run: RunConfig,
+    progress: Progress,
+    shards: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What is compared was made of shards that the config no longer names, where they lay."""
+    monkeypatch.setattr(extract_plan, "versions", other_versions)
+    elsewhere = tmp_path / "another.tar"
+    shutil.copy(shards[0], elsewhere)
+    other = changed(run, f"data.shards=[{elsewhere}]", "extract.probe_rows=2")
+    caplog.set_level("INFO")
+    extract(other, progress=progress)
+    assert "pixels equal in 2 of 2 rows; image.6.fp32: worst cosine" in caplog.text
+
+
 def test_other_versions_without_the_old_shards_name_the_way_out(
     run: RunConfig,
     progress: Progress,
@@ -359,7 +389,10 @@ def test_other_versions_without_the_old_shards_name_the_way_out(
         if part.shard_id == first.shard_id:
             forge(root, part, None, statuses={"decode_error": 12}, array_rows=0)
     only_first = changed(run, f"data.shards=[{shards[0]}]")
-    with pytest.raises(KdhieraError, match=r"extract\.probe_rows=0"):
+    with (
+        taken_away(shards[1]),
+        pytest.raises(KdhieraError, match=r"extract\.probe_rows=0"),
+    ):
         extract(only_first, progress=progress)
 
 
