@@ -37,7 +37,7 @@ def scatter_of(
         features = reader.codec(column).decode(arrays, units)
         for clip, uid, scores in zip(features, rows.uids, rows.scores, strict=True):
             shown = [
-                draw_mask(config.mask_spec, scores, uid=uid, view=0, draw=draw)
+                draw_mask(config.mask_schedule.widest, scores, uid=uid, view=0, draw=draw)
                 for draw in range(draws)
             ]
             scatter.update(clip[np.unique(np.concatenate(shown))] if shown else clip)
@@ -67,8 +67,10 @@ def main() -> None:
         ways: dict[str, list[np.ndarray]] = {}
         for size in (64, 256):
             spread = np.linspace(0, count - 1, size).round().astype(np.int64)
-            kept = scatter_of(reader, spread, column, config, config.num_draws).covariance
-            first = scatter_of(reader, every[:size], column, config, config.num_draws).covariance
+            kept = scatter_of(reader, spread, column, config, config.mask_schedule.draws).covariance
+            first = scatter_of(
+                reader, every[:size], column, config, config.mask_schedule.draws
+            ).covariance
             ways.setdefault("kept units of the first clips", []).append(first)
             ways.setdefault("kept units of clips spread evenly", []).append(kept)
             ways.setdefault("the same, variances of all tokens", []).append(

@@ -34,12 +34,11 @@ def run() -> None:
     )
     ahead = batches(
         opened.source,
-        config.mask_spec,
+        config.mask_schedule,
         first_step=0,
         num_steps=1 + 2 * ROUNDS * STEPS,
         batch_size=config.train.batch_size,
         num_views=config.views.num,
-        num_draws=config.num_draws,
         seed=0,
         block=BLOCK_ROWS,
     )

@@ -18,7 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from kdhiera.addresses import redact, refuse_secrets
 from kdhiera.errors import UsageError
 from kdhiera.grid import Grid
-from kdhiera.masking import MaskPlan, MaskSpec, PlannedMasks, Scope, Strategy
+from kdhiera.masking import (
+    MaskPlan,
+    MaskSchedule,
+    MaskSpec,
+    PlannedMasks,
+    Scope,
+    Strategy,
+    num_visible,
+)
 from kdhiera.views import CropPolicy, FramePolicy, ViewPolicy
 
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -362,6 +370,19 @@ class RayConfig(Section):
     address: str | None = None
 
 
+class DecoderConfig(Section):
+    """Decoders of `objective.kind: masked`, one a teacher; the defaults are MVD's.
+
+    Attributes:
+        depth: Transformer blocks.
+        width: Channels, a multiple of 64 (the width of an attention head); None takes the
+            student's.
+    """
+
+    depth: int = Field(2, ge=1)
+    width: int | None = Field(None, ge=64, multiple_of=64)
+
+
 class StudentConfig(Section):
     """The masked 3-D Hiera.
 
@@ -372,6 +393,7 @@ class StudentConfig(Section):
             or `block:N`; None spreads a teacher's layers over backbone stages 3 and 4.
         head: `linear`, or `mlp` with one hidden layer.
         mix: Every head reads a learned mix of all taps that are named (MaskAlign).
+        decoder: What `objective.kind: masked` predicts hidden units with.
         init: Weights to start from: an official Hiera video checkpoint, or an export; None
             starts from the seed.
     """
@@ -381,6 +403,7 @@ class StudentConfig(Section):
     taps: Mapping[str, tuple[str, ...]] | None = None
     head: Literal["linear", "mlp"] = "linear"
     mix: bool = False
+    decoder: DecoderConfig = DecoderConfig()
     init: str | None = None
 
 
@@ -388,6 +411,8 @@ class ObjectiveConfig(Section):
     """What the student is asked for, and under which masks.
 
     Attributes:
+        kind: `visible` predicts the units that a mask shows; `masked` those that it hides, with
+            a small decoder for every teacher (needs `masks.keep: all`).
         teachers: Teachers that train the student; None means all.
         layers: Layers by teacher; None means all that are cached.
         normalise: `layer_norm`, `standardize` and `phi_s` (statistics of the cache), `l2`, `none`.
@@ -399,10 +424,12 @@ class ObjectiveConfig(Section):
         teacher_drop: Chance that a sample does without a teacher other than the one it is worst
             at (UNIC); 0 keeps all.
         strategy: Mask strategy; must be planned in the cache.
-        ratio: Mask ratio; None takes what `masks` plans for the strategy.
+        ratio: Mask ratio, or several for equal shares of the steps, one after the other; None
+            takes what `masks` plans for the strategy.
         draws: Masks a view; None takes what `masks` plans for the strategy.
     """
 
+    kind: Literal["visible", "masked"] = "visible"
     teachers: tuple[str, ...] | None = None
     layers: Mapping[str, tuple[str, ...]] | None = None
     normalise: Literal["layer_norm", "standardize", "phi_s", "l2", "none"] = "layer_norm"
@@ -412,7 +439,7 @@ class ObjectiveConfig(Section):
     layer_weights: Mapping[str, Mapping[str, Annotated[float, Field(ge=0)]]] | None = None
     teacher_drop: Fraction = 0.0
     strategy: Strategy = Strategy.ATTENTION
-    ratio: Ratio | None = None
+    ratio: tuple[Ratio, ...] | None = Field(None, min_length=1)
     draws: int | None = Field(None, ge=1, le=1000)
 
     @field_validator("layers", mode="before")
@@ -424,6 +451,11 @@ class ObjectiveConfig(Section):
             k: tuple(str(x) for x in v) if isinstance(v, list | tuple) else v
             for k, v in value.items()
         }
+
+    @field_validator("ratio", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, int | float) else value
 
     @field_validator("layer_weights", mode="before")
     @classmethod
@@ -582,7 +614,24 @@ class RunConfig(Section):
                     f"objective.layer_weights.{name} leaves no layer a weight: leave {name} out of "
                     "objective.teachers instead"
                 )
+        if self.objective.kind == "masked":
+            self._masked()
         return self
+
+    def _masked(self) -> None:
+        """What the masked objective cannot do without, and what it has no use for."""
+        if self.student.mix:
+            raise ValueError(
+                "student.mix is for the heads of objective.kind: visible; the decoders of masked "
+                "read all taps of their teacher anyway: leave it out"
+            )
+        per_slot = self.clip.grid.units_per_slot
+        for spec in self.mask_schedule.phases:
+            if num_visible(spec.ratio, per_slot) == per_slot:
+                raise ValueError(
+                    f"objective.kind: masked predicts hidden units, and a ratio of {spec.ratio:g} "
+                    f"hides none of the {per_slot} in a slot: choose a higher objective.ratio"
+                )
 
     @property
     def view_policy(self) -> ViewPolicy:
@@ -608,25 +657,22 @@ class RunConfig(Section):
         return self.masks.plan
 
     @property
-    def mask_spec(self) -> MaskSpec:
+    def mask_schedule(self) -> MaskSchedule:
         """What training draws."""
-        ratio = self._planned.ratio if self.objective.ratio is None else self.objective.ratio
-        return MaskSpec(
-            strategy=self.objective.strategy,
-            scope=self.masks.scope,
-            ratio=ratio,
-            seed=self.masks.seed,
+        o, m = self.objective, self.masks
+        return MaskSchedule(
+            phases=tuple(
+                MaskSpec(strategy=o.strategy, scope=m.scope, ratio=r, seed=m.seed)
+                for r in o.ratio or (self._planned.ratio,)
+            ),
+            draws=o.draws or self._planned.draws,
+            predicts_hidden=o.kind == "masked",
         )
-
-    @property
-    def num_draws(self) -> int:
-        """Masks of a view that training draws in turn."""
-        return self.objective.draws or self._planned.draws
 
     def plan_gaps(self) -> tuple[str, ...]:
         """What the objective asks for that `masks` does not plan to keep."""
         per_slot = self.clip.grid.units_per_slot
-        return self.mask_plan.lacks(self.mask_spec, draws=self.num_draws, units_per_slot=per_slot)
+        return self.mask_plan.lacks_schedule(self.mask_schedule, units_per_slot=per_slot)
 
     @property
     def _planned(self) -> PlannedMasks:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int, Int64
 
 from kdhiera.views import stable_uniforms
 
@@ -76,6 +76,30 @@ class MaskSpec:
     scope: Scope
     ratio: float
     seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskSchedule:
+    """The masks of a training run, and which units are predicted under them.
+
+    Args:
+        phases: How masks are drawn in equal shares of the steps, one after the other.
+        draws: Draws 0 .. draws-1 of a view are used in turn.
+        predicts_hidden: The units that a mask hides are predicted, instead of those it shows.
+    """
+
+    phases: tuple[MaskSpec, ...]
+    draws: int
+    predicts_hidden: bool
+
+    @property
+    def widest(self) -> MaskSpec:
+        """The phase that shows most: it shows all that the others show."""
+        return min(self.phases, key=lambda spec: spec.ratio)
+
+    def at(self, step: int, num_steps: int) -> MaskSpec:
+        """How masks are drawn in step `step` of `num_steps`, counted from 0."""
+        return self.phases[step * len(self.phases) // num_steps]
 
 
 def num_visible(ratio: float, units_per_slot: int) -> int:
@@ -253,6 +277,19 @@ class MaskPlan:
             gaps.append(f"{spec.strategy} at ratio {spec.ratio:g}, {asked} (planned: {planned})")
         return tuple(gaps)
 
+    def lacks_schedule(self, schedule: MaskSchedule, *, units_per_slot: int) -> tuple[str, ...]:
+        """What a training run asks for that this plan does not keep; empty if it is covered.
+
+        Args:
+            schedule: The run's masks.
+            units_per_slot: Units of a slot of the clip.
+        """
+        hidden: tuple[str, ...] = ()
+        if schedule.predicts_hidden and not self._keeps_every_unit(units_per_slot):
+            hidden = ("every unit (masks.keep: all), since hidden ones are predicted",)
+        draws = schedule.draws
+        return hidden + self.lacks(schedule.widest, draws=draws, units_per_slot=units_per_slot)
+
     def lacks_plan(self, other: MaskPlan, *, units_per_slot: int) -> tuple[str, ...]:
         """What another plan may show that this one does not keep; empty if all is kept.
 
@@ -293,6 +330,17 @@ class MaskPlan:
 def _contains(a: PlannedMasks, b: PlannedMasks) -> bool:
     same = a.strategy is b.strategy
     return same and a.ratio <= b.ratio and a.num_masks >= b.num_masks
+
+
+def hidden_units(visible: Int[np.ndarray, "b k"], num_units: int) -> Int64[np.ndarray, "b m"]:
+    """The other units of every row, ascending.
+
+    Args:
+        visible: As many distinct unit numbers in every row.
+        num_units: Units of a clip.
+    """
+    rows = len(visible)
+    return np.nonzero(~to_keep_mask(visible, num_units))[1].reshape(rows, -1)
 
 
 def to_keep_mask(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kdhiera.config import RunConfig, load
 from kdhiera.errors import ExitCode, KdhieraError
+from kdhiera.masking import MaskSchedule
 from kdhiera.progress import Progress, make_progress
 from kdhiera.report.pages import (
     CacheFacts,
@@ -110,14 +111,18 @@ def say_on_stdout(line: str) -> None:
     sys.stdout.flush()
 
 
+def _ratios(masks: MaskSchedule) -> str:
+    return ", then ".join(f"{spec.ratio:g}" for spec in masks.phases)
+
+
 def _facts(config: RunConfig) -> dict[str, str]:
-    clip, spec = config.clip, config.mask_spec
+    clip, masks, o = config.clip, config.mask_schedule, config.objective
     facts = {
         "clip": f"{clip.num_frames} frames of {clip.height} x {clip.width} px",
         "student": f"Hiera {config.student.size}",
-        "masks": f"{spec.strategy}, ratio {spec.ratio:g}, {config.views.num} views x "
-        f"{config.num_draws} draws",
-        "objective": f"{config.objective.loss} on {config.objective.normalise} targets",
+        "masks": f"{masks.widest.strategy}, ratio {_ratios(masks)}, {config.views.num} views x "
+        f"{masks.draws} draws",
+        "objective": f"{o.kind} units, {o.loss} on {o.normalise} targets",
     }
     for name, layers in config.objective_layers.items():
         teacher = config.teachers[name]

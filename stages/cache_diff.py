@@ -251,9 +251,7 @@ def diff_cache(config: RunConfig) -> CacheDiff:
         not_kept=cache.mask_plan.lacks_plan(config.mask_plan, units_per_slot=per_slot)
         if same_grid
         else (),
-        not_covered=cache.mask_plan.lacks(
-            config.mask_spec, draws=config.num_draws, units_per_slot=per_slot
-        )
+        not_covered=cache.mask_plan.lacks_schedule(config.mask_schedule, units_per_slot=per_slot)
         if same_grid
         else (),
         columns=columns,

@@ -44,13 +44,15 @@ from kdhiera.progress import Progress, human_seconds
 from kdhiera.stages.assemble import decode_limits, featurizer_of
 from kdhiera.stages.statistics import statistics_of
 from kdhiera.storage import write_atomic
+from kdhiera.student.decoder import DecoderSpec, build_decoders
 from kdhiera.student.export import export
-from kdhiera.student.heads import Heads, HeadSpec, build_heads
+from kdhiera.student.heads import HeadSpec, build_heads
 from kdhiera.student.hiera import Student, build, default_taps, depths_of
 from kdhiera.student.official import load_init, weights_sha256
 from kdhiera.training.batches import ClipSource
 from kdhiera.training.live import LIVE_ENCODING, LiveSource
 from kdhiera.training.loop import CHECKPOINTS, TrainSummary, check_resumable, num_steps, train
+from kdhiera.training.step import Predictor
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +120,7 @@ def distill(
     folder = Path(config.run_dir)
     if resume and not (folder / "checkpoints").is_dir():
         raise UsageError(f"--resume: there is no checkpoint in {folder}")
-    with _source(config, None if overwrite else _begun_with(folder)) as opened:
+    with open_source(config, None if overwrite else _begun_with(folder)) as opened:
         student, heads, specs = student_of(config, opened)
         num_steps(config.train, opened.source.num_samples)
         resolve_precision(config.train.precision, resolve_device(config.train.device))
@@ -151,7 +153,7 @@ def _train(
     config: RunConfig,
     opened: Opened,
     student: Student,
-    heads: Heads,
+    heads: Predictor,
     specs: Sequence[TargetSpec],
     identity: Mapping[str, Any],
     progress: Progress,
@@ -161,9 +163,8 @@ def _train(
         heads=heads,
         targets=specs,
         source=opened.source,
-        masks=config.mask_spec,
+        masks=config.mask_schedule,
         num_views=config.views.num,
-        num_draws=config.num_draws,
         objective=config.objective,
         config=config.train,
         run_dir=Path(config.run_dir),
@@ -215,10 +216,23 @@ class _Cached:
 
 
 @contextlib.contextmanager
-def _source(config: RunConfig, snapshot: Snapshot | None) -> Iterator[Opened]:
+def open_source(config: RunConfig, snapshot: Snapshot | None) -> Iterator[Opened]:
+    """What the config trains from: its cache, or live teachers until the block ends.
+
+    Args:
+        config: The run.
+        snapshot: What a run that goes on began with; see `open_cache`.
+
+    Raises:
+        UsageError: If there is no cache, or the objective needs one and the mode is live.
+        MismatchError: As `open_cache` does.
+    """
     if config.cache.mode == "cached":
         yield open_cache(config, snapshot=snapshot)
         return
+    gaps = config.plan_gaps()
+    if gaps:
+        raise UsageError(f"objective asks for what `masks` does not plan: {'; '.join(gaps)}")
     layers = config.objective_layers
     if config.objective.normalise in NEEDS_STATISTICS:
         raise UsageError(
@@ -288,7 +302,7 @@ def open_cache(config: RunConfig, *, snapshot: Snapshot | None = None) -> Opened
     device = resolve_device(config.train.device)
     cache = Cache.open(config.cache.dir)
     cache.check(declared_base(config), declared_only=True)
-    cache.check_masks(config.mask_spec, draws=config.num_draws)
+    cache.check_masks(config.mask_schedule)
     columns = {
         (teacher, layer): column_id(teacher, layer, config.cache.encoding)
         for teacher, layers in config.objective_layers.items()
@@ -317,8 +331,8 @@ def open_cache(config: RunConfig, *, snapshot: Snapshot | None = None) -> Opened
     )
 
 
-def student_of(config: RunConfig, opened: Opened) -> tuple[Student, Heads, list[TargetSpec]]:
-    """A fresh student with its heads, and what each head must predict.
+def student_of(config: RunConfig, opened: Opened) -> tuple[Student, Predictor, list[TargetSpec]]:
+    """A fresh student, what predicts from it, and what must be predicted.
 
     Raises:
         UsageError: If a tap does not exist, or not every layer has one; if `student.init` cannot
@@ -335,12 +349,40 @@ def student_of(config: RunConfig, opened: Opened) -> tuple[Student, Heads, list[
         sorted({s.tap for s in specs}),
         grad_checkpointing=config.train.grad_checkpointing,
     )
-    heads = build_heads(
-        {spec.name: _head(student, spec, config.student) for spec in specs},
-        seed=config.train.seed + 1,
-        mix_width=student.num_features if config.student.mix else None,
-    )
-    return student, heads, specs
+    return student, _predictor(config, student, specs), specs
+
+
+def _predictor(config: RunConfig, student: Student, specs: Sequence[TargetSpec]) -> Predictor:
+    """Heads for the units that are seen, or decoders for those that are not."""
+    seed, settings = config.train.seed + 1, config.student
+    if config.objective.kind == "visible":
+        _warn_of_copies(config)
+        return build_heads(
+            {spec.name: _head(student, spec, settings) for spec in specs},
+            seed=seed,
+            mix_width=student.num_features if settings.mix else None,
+        )
+    decoders = {
+        teacher: DecoderSpec(
+            taps={s.tap: student.tap_shape(s.tap) for s in specs if s.teacher == teacher},
+            targets={s.name: s.width for s in specs if s.teacher == teacher},
+            width=settings.decoder.width or student.num_features,
+            depth=settings.decoder.depth,
+            head=settings.head,
+        )
+        for teacher in config.objective_layers
+    }
+    return build_decoders(decoders, config.clip.grid, seed=seed)
+
+
+def _warn_of_copies(config: RunConfig) -> None:
+    for name in config.objective_layers:
+        if config.teachers[name].kind in ("pixels", "hog"):
+            logger.warning(
+                "teacher %s is nearly the student's own input where that is visible: a degenerate "
+                "control; objective.kind=masked predicts it where it is hidden",
+                name,
+            )
 
 
 def _targets(config: RunConfig, opened: Opened, depths: Sequence[int]) -> list[TargetSpec]:
@@ -388,7 +430,7 @@ def _identity(config: RunConfig, opened: Opened) -> dict[str, Any]:
         "init": None if init is None else weights_sha256(init),
         "objective": config.objective.model_dump(mode="json"),
         "train": config.train.model_dump(mode="json", exclude=free),
-        "masks": {**asdict(config.mask_spec), "draws": config.num_draws},
+        "masks": asdict(config.mask_schedule),
         "views": config.views.num,
         "weights": {name: teacher.weight for name, teacher in config.teachers.items()},
         "source": {"mode": config.cache.mode, "encoding": opened.encoding},

@@ -85,7 +85,7 @@ def _picture(
 ) -> ClipPicture:
     grid = config.clip.grid
     scores = out.scores[0]
-    visible = draw_mask(config.mask_spec, scores, uid=uid, view=0, draw=0)
+    visible = draw_mask(config.mask_schedule.widest, scores, uid=uid, view=0, draw=0)
     rows = []
     for name, teacher in config.teachers.items():
         layer = teacher.layers[-1]
@@ -94,7 +94,7 @@ def _picture(
     if student is not None:
         title = "student, whole clip, last block"
         rows.append(FeatureRow(title=title, features=_student_tokens(student, out, device)))
-    spec = config.mask_spec
+    spec = config.mask_schedule.widest
     key = uid.rpartition("/")[2]
     return ClipPicture(
         title=f"{key}: {spec.strategy} mask, {100 * spec.ratio:.0f} % hidden",

@@ -42,7 +42,7 @@ def test_overrides_are_yaml_at_dotted_keys() -> None:
     )
     assert config.train.epochs == 7
     assert [e.strategy for e in config.masks.strategies] == [Strategy.RANDOM, Strategy.TUBE]
-    assert config.mask_spec.ratio == 0.9
+    assert [s.ratio for s in config.mask_schedule.phases] == [0.9]
     assert config.data.shards == ("only.tar",)
     assert config.objective_layers["image"] == ("12",)
 

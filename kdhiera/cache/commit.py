@@ -58,7 +58,7 @@ from kdhiera.cache.records import (
 from kdhiera.cache.table import Row, from_parquet
 from kdhiera.errors import DamagedError, MismatchError, UsageError
 from kdhiera.grid import Grid
-from kdhiera.masking import MaskPlan, MaskSpec
+from kdhiera.masking import MaskPlan, MaskSchedule
 from kdhiera.stores import Store, open_store
 
 _READING_THREADS = 8
@@ -183,23 +183,22 @@ class Cache:
                 "another folder: a wider plan is a new cache, made from the videos again"
             )
 
-    def check_masks(self, spec: MaskSpec, *, draws: int) -> None:
-        """Refuse masks that would show a unit which is not kept.
+    def check_masks(self, schedule: MaskSchedule) -> None:
+        """Refuse masks under which a unit that is not kept would be needed.
 
         Args:
-            spec: The run's masks.
-            draws: Draws 0 .. draws-1 are used.
+            schedule: The run's masks.
 
         Raises:
             MismatchError: With what is kept, and the ways out.
         """
         per_slot = self.grid.units_per_slot
-        gaps = self.mask_plan.lacks(spec, draws=draws, units_per_slot=per_slot)
+        gaps = self.mask_plan.lacks_schedule(schedule, units_per_slot=per_slot)
         if gaps:
             raise MismatchError(
                 f"the cache in {self.url} does not cover the masks that this run draws: "
                 f"{'; '.join(gaps)}. It keeps {self.mask_plan.describe()}. Choose "
-                "objective.strategy, objective.ratio and objective.draws among these, or plan "
+                "objective.kind, strategy, ratio and draws among these, or plan "
                 "yours in `masks` and set cache.dir to another folder: a wider plan is a new "
                 "cache, made from the videos again"
             )

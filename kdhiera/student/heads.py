@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -157,13 +157,19 @@ class Heads(nn.ModuleDict):
     """All heads of a run by target name, and the aligner before them where taps are mixed."""
 
     def forward(
-        self, taps: Mapping[str, Float[Tensor, "b k n c"]]
+        self,
+        taps: Mapping[str, Float[Tensor, "b k n c"]],
+        units: Int64[Tensor, "b k"],
+        target_units: Int64[Tensor, "b k"],
     ) -> dict[str, Float[Tensor, "b k 4 d"]]:
         """Predictions by target name.
 
         Args:
             taps: What the student gave, by tap.
+            units: Where it stands.
+            target_units: Where predictions are wanted, which is there.
         """
+        assert units.shape == target_units.shape, "a head predicts what the student saw"
         if ALIGNER not in self:
             return {name: head(taps[str(head.tap)]) for name, head in self.items()}
         aligned = self[ALIGNER](taps)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdhiera.cache.rows import KeptRows
 from kdhiera.errors import UsageError
-from kdhiera.masking import MaskSpec, draw_mask
+from kdhiera.masking import MaskSchedule, MaskSpec, draw_mask, hidden_units
 from kdhiera.views import stable_key
 
 WINDOW_BLOCKS = 16  # runs of neighbours that are shuffled together
@@ -60,29 +60,35 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The visible units of `b` clips and their cached features.
+    """The visible units of `b` clips, and the cached features of the units to predict.
 
     Args:
         position: Step, epoch, view and draw.
         samples: Sample numbers.
         units: Visible unit numbers, ascending in every row.
         pixels: RGB of the visible units.
-        columns: Encoded features by column id and array name, axes `b k ...`.
+        target_units: Numbers of the units to predict, ascending in every row: `units`, or
+            all others.
+        columns: Their encoded features by column id and array name, axes `b m ...`.
     """
 
     position: Position
     samples: Int64[Tensor, " b"]
     units: Int64[Tensor, "b k"]
     pixels: UInt8[Tensor, "b k 2 32 32 3"]
+    target_units: Int64[Tensor, "b m"]
     columns: Mapping[str, Mapping[str, Tensor]]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with a function applied to every tensor."""
+        units = function(self.units)
+        same = self.target_units is self.units
         return replace(
             self,
             samples=function(self.samples),
-            units=function(self.units),
+            units=units,
             pixels=function(self.pixels),
+            target_units=units if same else function(self.target_units),
             columns={
                 column: {name: function(array) for name, array in arrays.items()}
                 for column, arrays in self.columns.items()
@@ -190,18 +196,24 @@ def _numbers(keys: UInt64[np.ndarray, " n"], count: int) -> Int64[np.ndarray, " 
 
 
 def make_batch(
-    rows: KeptRows, spec: MaskSpec, position: Position, samples: Int[np.ndarray, " b"]
+    rows: KeptRows,
+    spec: MaskSpec,
+    position: Position,
+    samples: Int[np.ndarray, " b"],
+    *,
+    predict_hidden: bool = False,
 ) -> Batch:
-    """Draw the masks of a batch and gather what they show from the kept units.
+    """Draw the masks of a batch and gather what they ask for from the kept units.
 
     Args:
         rows: Kept units of the batch's clips.
         spec: How masks are drawn.
         position: View and draw of the batch.
         samples: Sample numbers of the rows.
+        predict_hidden: Predict the units that masks hide instead of those that they show.
 
     Raises:
-        LookupError: If a mask shows a unit that was not kept.
+        LookupError: If a mask asks for a unit that was not kept.
     """
     visible = np.stack(
         [
@@ -213,26 +225,35 @@ def make_batch(
     num_units = int(np.prod(rows.scores.shape[1:]))
     where = np.full((b, num_units + 1), -1)  # the last place takes the padding
     np.put_along_axis(where, rows.units.astype(np.int64) % (num_units + 1), np.arange(bound), 1)
-    places = np.take_along_axis(where, visible, axis=1)
-    if places.min() < 0:
-        row = int(np.argmin(places.min(1)))
-        raise LookupError(
-            f"clip {rows.uids[row]}, view {position.view}: the cache does not keep a unit that "
-            f"this mask shows (strategy {spec.strategy}, ratio {spec.ratio:g}, draw "
-            f"{position.draw})"
-        )
-    flat = places + np.arange(b)[:, None] * bound
 
-    def gather(array: np.ndarray) -> Tensor:
+    def places(units: Int[np.ndarray, "b k"], verb: str) -> Int[np.ndarray, "b k"]:
+        found = np.take_along_axis(where, units, axis=1)
+        if found.min() < 0:
+            row = int(np.argmin(found.min(1)))
+            raise LookupError(
+                f"clip {rows.uids[row]}, view {position.view}: the cache does not keep a unit that "
+                f"this mask {verb} (strategy {spec.strategy}, ratio {spec.ratio:g}, draw "
+                f"{position.draw})"
+            )
+        return np.asarray(found + np.arange(b)[:, None] * bound)
+
+    def gather(array: np.ndarray, flat: Int[np.ndarray, "b k"]) -> Tensor:
         return torch.from_numpy(array.reshape(b * bound, *array.shape[2:])[flat])
 
+    shown = places(visible, "shows")
+    units = target_units = torch.from_numpy(visible.astype(np.int64))
+    wanted = shown
+    if predict_hidden:
+        hidden = hidden_units(visible, num_units)
+        wanted, target_units = places(hidden, "hides"), torch.from_numpy(hidden)
     return Batch(
         position=position,
         samples=torch.from_numpy(np.asarray(samples, dtype=np.int64)),
-        units=torch.from_numpy(visible.astype(np.int64)),
-        pixels=gather(rows.pixels),
+        units=units,
+        pixels=gather(rows.pixels, shown),
+        target_units=target_units,
         columns={
-            column: {name: gather(array) for name, array in arrays.items()}
+            column: {name: gather(array, wanted) for name, array in arrays.items()}
             for column, arrays in rows.columns.items()
         },
     )
@@ -240,13 +261,12 @@ def make_batch(
 
 def batches(
     source: ClipSource,
-    spec: MaskSpec,
+    masks: MaskSchedule,
     *,
     first_step: int,
     num_steps: int,
     batch_size: int,
     num_views: int,
-    num_draws: int,
     seed: int,
     block: int = 1,
 ) -> Iterator[Batch]:
@@ -254,12 +274,11 @@ def batches(
 
     Args:
         source: Where kept units are read.
-        spec: How masks are drawn.
+        masks: How masks are drawn, and what is predicted.
         first_step: Steps done before.
         num_steps: Steps of the whole run.
         batch_size: Clips of a batch.
         num_views: Views that epochs go round.
-        num_draws: Masks of a view that epochs go round.
         seed: Decides the order.
         block: See `epoch_order`.
     """
@@ -267,14 +286,15 @@ def batches(
     order, order_epoch = np.empty((0, 0), dtype=np.int64), -1
     for step in range(first_step, num_steps):
         position = position_of(
-            step, steps_per_epoch=steps_per_epoch, num_views=num_views, num_draws=num_draws
+            step, steps_per_epoch=steps_per_epoch, num_views=num_views, num_draws=masks.draws
         )
         if position.epoch != order_epoch:
             order_epoch = position.epoch
             order = epoch_order(seed, order_epoch, source.num_samples, batch_size, block=block)
         samples = order[step % steps_per_epoch]
         rows = source.read(samples, view=position.view)
-        yield make_batch(rows, spec, position, samples)
+        spec, hidden = masks.at(step, num_steps), masks.predicts_hidden
+        yield make_batch(rows, spec, position, samples, predict_hidden=hidden)
 
 
 class Prefetcher:

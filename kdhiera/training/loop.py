@@ -21,18 +21,17 @@ from torch import Tensor
 from kdhiera.config import ObjectiveConfig, TrainConfig
 from kdhiera.devices import resolve_device, resolve_precision
 from kdhiera.errors import KdhieraError, MismatchError, StoppedError, UsageError
-from kdhiera.masking import MaskSpec
+from kdhiera.masking import MaskSchedule
 from kdhiera.objective.targets import TargetSpec
 from kdhiera.progress import Progress
 from kdhiera.stopping import stop_on_signals
 from kdhiera.storage import atomic_file
-from kdhiera.student.heads import Heads
 from kdhiera.student.hiera import Student
 from kdhiera.training import checkpoint
 from kdhiera.training.batches import Batch, ClipSource, Prefetcher, batches
 from kdhiera.training.metrics import MetricLog, read_metrics
 from kdhiera.training.optim import build_schedule
-from kdhiera.training.step import Learner, NonFiniteError, StepResult
+from kdhiera.training.step import Learner, NonFiniteError, Predictor, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -86,12 +85,11 @@ def num_steps(config: TrainConfig, num_samples: int) -> int:
 def train(
     *,
     student: Student,
-    heads: Heads,
+    heads: Predictor,
     targets: Sequence[TargetSpec],
     source: ClipSource,
-    masks: MaskSpec,
+    masks: MaskSchedule,
     num_views: int,
-    num_draws: int,
     objective: ObjectiveConfig,
     config: TrainConfig,
     run_dir: Path,
@@ -103,12 +101,11 @@ def train(
 
     Args:
         student: Fresh from its seed; trained in place.
-        heads: One for every target, by name.
+        heads: What predicts the targets from its taps.
         targets: What trains the student.
         source: Where kept units are read.
-        masks: How masks are drawn.
+        masks: How masks are drawn, and which units are predicted.
         num_views: Views that epochs go round.
-        num_draws: Masks of a view that epochs go round.
         objective: Loss and normalisation.
         config: Optimisation.
         run_dir: Gets `checkpoints/`, `metrics.jsonl`, `tensorboard/`.
@@ -167,7 +164,6 @@ def train(
         num_steps=steps,
         batch_size=config.batch_size,
         num_views=num_views,
-        num_draws=num_draws,
         seed=config.seed,
         block=block,
     )
@@ -316,6 +312,7 @@ def _save_replay(folder: Path, batch: Batch) -> Path:
         "position": asdict(batch.position),
         "samples": batch.samples,
         "units": batch.units,
+        "target_units": batch.target_units,
         "pixels": batch.pixels,
         "columns": {name: dict(arrays) for name, arrays in batch.columns.items()},
     }

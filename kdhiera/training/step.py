@@ -21,11 +21,14 @@ from kdhiera.objective.losses import (
     total,
 )
 from kdhiera.objective.targets import TargetSpec, normalise, statistics_from_state
+from kdhiera.student.decoder import Decoders
 from kdhiera.student.heads import Heads
 from kdhiera.student.hiera import Student, set_fused_attention
 from kdhiera.training.batches import Batch
 from kdhiera.training.optim import Schedule, build_optimizer
 from kdhiera.views import stable_key
+
+Predictor = Heads | Decoders
 
 
 class NonFiniteError(Exception):
@@ -69,11 +72,11 @@ class _Outcome:
 
 
 class Learner:
-    """A student with its heads, optimiser and running means.
+    """A student with what predicts from it, optimiser and running means.
 
     Args:
         student: Moved to the device.
-        heads: One for every target, by name; moved to the device.
+        heads: What predicts the targets from its taps; moved to the device.
         targets: What trains the student.
         objective: Loss, normalisation, teacher dropping.
         config: Optimiser, seed, clipping, compilation.
@@ -86,7 +89,7 @@ class Learner:
         self,
         *,
         student: Student,
-        heads: Heads,
+        heads: Predictor,
         targets: Sequence[TargetSpec],
         objective: ObjectiveConfig,
         config: TrainConfig,
@@ -104,7 +107,10 @@ class Learner:
         self.dtype = dtype
         self.optimizer = build_optimizer((self.student, self.heads), config)
         self.means = {spec.name: RunningMean(spec.width, device) for spec in targets}
-        set_fused_attention(student.backbone, device.type != "cpu" or dtype is torch.float32)
+        fused = device.type != "cpu" or dtype is torch.float32
+        set_fused_attention(student.backbone, fused)
+        if isinstance(heads, Decoders):
+            heads.set_fused_attention(fused)
         self._forward = torch.compile(self._run) if config.compile else self._run
 
     def step(self, batch: Batch, *, measure: bool) -> StepResult:
@@ -128,7 +134,7 @@ class Learner:
             seeded("step", self.config.seed, number, device=self.device),
             explain_compiler(self.config.compile),
         ):
-            outcome = self._forward(batch.pixels, batch.units, wanted, dropped)
+            outcome = self._forward(batch.pixels, batch.units, batch.target_units, wanted, dropped)
         if not bool(torch.isfinite(outcome.value)):
             raise NonFiniteError(_explain_loss(outcome.losses, wanted))
 
@@ -188,13 +194,14 @@ class Learner:
         self,
         pixels: Tensor,
         units: Tensor,
+        target_units: Tensor,
         wanted: Mapping[str, Tensor],
         dropped: Mapping[str, Tensor] | None,
     ) -> _Outcome:
         """Student, heads and losses: what `train.compile` makes one graph of."""
         low = self.dtype is not torch.float32
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
-            raw = self.heads(self.student(pixels, units))
+            raw = self.heads(self.student(pixels, units), units, target_units)
         predicted = {name: prediction.float() for name, prediction in raw.items()}
         kind, beta = self.objective.loss, self.objective.beta
         if dropped is None:
@@ -224,7 +231,7 @@ class Learner:
     def _wanted(self, batch: Batch) -> dict[str, Tensor]:
         return {
             spec.name: normalise(
-                spec.decode(batch.columns[spec.column], batch.units),
+                spec.decode(batch.columns[spec.column], batch.target_units),
                 self.objective.normalise,
                 spec.statistics,
             )

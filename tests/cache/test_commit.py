@@ -209,7 +209,7 @@ def test_a_record_under_another_identity_is_refused(tmp_path: Path):
 
 def test_plan_of_an_opened_cache_names_what_it_does_not_cover(tmp_path: Path):
     make_cache(tmp_path)
-    spec = replace(config().mask_spec, strategy=Strategy.TUBE, ratio=0.4)
+    spec = replace(config().mask_schedule.widest, strategy=Strategy.TUBE, ratio=0.4)
     gaps = Cache.open(tmp_path).mask_plan.lacks(spec, draws=3, units_per_slot=4)
     assert len(gaps) == 1
     assert Strategy.TUBE in gaps[0]

@@ -42,10 +42,13 @@ def test_an_mlp_head_has_one_hidden_layer_as_wide_as_the_wider_end() -> None:
     torch.testing.assert_close(head(x), inner @ head.linear.weight.T + head.linear.bias)
 
 
+UNITS = torch.arange(6).reshape(2, 3)
+
+
 def test_heads_read_their_taps() -> None:
     heads = build_heads({"image/9": spec(4), "video/3": spec(4, tap="block:2")}, seed=0)
     taps = {"block:1": torch.randn(2, 3, 4, 6), "block:2": torch.randn(2, 3, 4, 6)}
-    found = heads(taps)
+    found = heads(taps, UNITS, UNITS)
     assert found.keys() == {"image/9", "video/3"}
     assert torch.equal(found["image/9"], heads["image/9"](taps["block:1"]))
     assert torch.equal(found["video/3"], heads["video/3"](taps["block:2"]))
@@ -74,7 +77,7 @@ def test_a_mix_is_the_weighted_sum_of_all_taps() -> None:
     ):
         aligned.append(linear(norm(pool(taps[tap]))))
         assert aligned[-1].shape == (2, 3, 4, 8)
-    found = heads(taps)
+    found = heads(taps, UNITS, UNITS)
     assert {name: tuple(value.shape) for name, value in found.items()} == {
         "image/9": (2, 3, 4, 10), "image/12": (2, 3, 4, 10), "video/3": (2, 3, 4, 7)
     }  # fmt: skip
@@ -84,13 +87,13 @@ def test_a_mix_is_the_weighted_sum_of_all_taps() -> None:
     with torch.no_grad():
         heads["image/9"].mix.copy_(torch.tensor([0.5, -1.0, 2.0]))
     mix = 0.5 * aligned[0] - aligned[1] + 2 * aligned[2]
-    torch.testing.assert_close(heads(taps)["image/9"], heads["image/9"].head(mix))
-    torch.testing.assert_close(heads(taps)["image/12"], found["image/12"])
+    torch.testing.assert_close(heads(taps, UNITS, UNITS)["image/9"], heads["image/9"].head(mix))
+    torch.testing.assert_close(heads(taps, UNITS, UNITS)["image/12"], found["image/12"])
 
 
 def test_mixing_weights_learn_without_decay() -> None:
     heads, taps = mixed()
-    heads(taps)["video/3"].square().sum().backward()
+    heads(taps, UNITS, UNITS)["video/3"].square().sum().backward()
     gradient = heads["video/3"].mix.grad
     assert gradient is not None
     assert gradient.abs().min() > 0

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_run import GRID, MemorySource
+from tiny_run import GRID, SCHEDULE, MemorySource
 
+from kdhiera.cache.rows import KeptRows
 from kdhiera.errors import UsageError
 from kdhiera.masking import MaskSpec, Scope, Strategy, draw_mask
 from kdhiera.training.batches import (
@@ -32,8 +33,8 @@ def position(view: int = 1, draw: int = 1):
 
 def some_batches(source: MemorySource, first_step: int = 0, num_steps: int = 12) -> Iterator[Batch]:
     return batches(
-        source, SPEC, first_step=first_step, num_steps=num_steps, batch_size=4, num_views=2,
-        num_draws=2, seed=0,
+        source, SCHEDULE, first_step=first_step, num_steps=num_steps, batch_size=4, num_views=2,
+        seed=0,
     )  # fmt: skip
 
 
@@ -127,6 +128,52 @@ def test_a_batch_holds_what_its_masks_show(source: MemorySource) -> None:
             batch.columns["video-3"]["codes"][row].numpy(), 2 * features[..., :16]
         )
     assert batch.samples.tolist() == samples.tolist()
+
+
+def test_a_batch_that_predicts_what_is_hidden(source: MemorySource) -> None:
+    """Of clips that keep every unit: pixels of the visible ones, features of all others."""
+    samples = np.array([3, 4])
+    features = source.features[0, samples]
+    rows = KeptRows(
+        uids=("clip-3", "clip-4"),
+        units=np.tile(np.arange(GRID.num_units, dtype=np.int16), (2, 1)),
+        scores=source.scores[0, samples],
+        pixels=GRID.frames_to_units(source.clips[0, samples]),
+        columns={"image-9": {"codes": features}},
+    )
+    batch = make_batch(rows, SPEC, position(view=0), samples, predict_hidden=True)
+    visible = make_batch(rows, SPEC, position(view=0), samples)
+    assert torch.equal(batch.units, visible.units)
+    assert torch.equal(batch.pixels, visible.pixels)
+    for row in range(2):
+        shown, hidden = set(batch.units[row].tolist()), batch.target_units[row].tolist()
+        assert hidden == sorted(set(range(GRID.num_units)) - shown)
+        stored = batch.columns["image-9"]["codes"][row].numpy()
+        assert np.array_equal(stored, features[row, hidden])
+    assert visible.target_units is visible.units
+    moved = visible.map(torch.clone)
+    assert moved.target_units is moved.units
+    assert torch.equal(batch.map(torch.clone).target_units, batch.target_units)
+    kept = source.read(samples, view=0)
+    with pytest.raises(LookupError, match="a unit that this mask hides"):
+        make_batch(kept, SPEC, position(view=0), samples, predict_hidden=True)
+
+
+def test_ratios_follow_one_another_in_equal_shares_of_the_steps(source: MemorySource) -> None:
+    """What a later phase shows is a part of what the first would have shown."""
+    phases = tuple(replace(SPEC, ratio=ratio) for ratio in (0.5, 0.75, 0.8))
+    masks = replace(SCHEDULE, phases=phases)
+    assert masks.widest is phases[0]
+    assert [masks.at(step, 8).ratio for step in range(8)] == [0.5] * 3 + [0.75] * 3 + [0.8] * 2
+    assert [masks.at(step, 2).ratio for step in range(2)] == [0.5, 0.75]
+    common = {"first_step": 0, "num_steps": 9, "batch_size": 4, "num_views": 2, "seed": 0}
+    scheduled = list(batches(source, masks, **common))
+    plain = list(batches(source, SCHEDULE, **common))
+    assert [batch.units.shape[1] for batch in scheduled] == [4] * 3 + [2] * 6
+    for one, other in zip(scheduled, plain, strict=True):
+        assert torch.equal(one.samples, other.samples)
+        for row, all_shown in zip(one.units.tolist(), other.units.tolist(), strict=True):
+            assert set(row) <= set(all_shown)
 
 
 def test_a_mask_the_cache_does_not_cover_is_an_error(source: MemorySource) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_loop import Watcher, lines_of
-from tiny_run import MASKS, WIDTH, MemorySource, Setup
+from tiny_run import SCHEDULE, WIDTH, MemorySource, Setup
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.fingerprint import base_identity, column_identity
@@ -117,7 +117,7 @@ def run(
     folder.mkdir(exist_ok=True)
     reader = CacheReader(cache, num_views=1, columns=tuple(COLUMNS), snapshot=load_snapshot(folder))
     save_snapshot(folder, reader.snapshot)
-    setup = Setup(run_dir=folder, identity={"snapshot": reader.snapshot_sha256}, masks=MASKS)
+    setup = Setup(run_dir=folder, identity={"snapshot": reader.snapshot_sha256}, masks=SCHEDULE)
     targets = [
         replace(spec, column=column, statistics=moments(reader, column, shift))
         for spec, column in zip(setup.targets(), COLUMNS, strict=True)

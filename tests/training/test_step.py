@@ -49,7 +49,7 @@ def batch_of(setup: Setup, source: MemorySource, step: int = 0) -> Batch:
     samples = np.array([3, 1, 8, 5])
     position = position_of(step, steps_per_epoch=4, num_views=2, num_draws=2)
     rows = source.read(samples, view=position.view)
-    return make_batch(rows, setup.masks, position, samples)
+    return make_batch(rows, setup.masks.widest, position, samples)
 
 
 def test_losses_are_those_of_the_formula(setup: Setup, source: MemorySource) -> None:
@@ -61,7 +61,7 @@ def test_losses_are_those_of_the_formula(setup: Setup, source: MemorySource) -> 
     wanted = {}
     for spec in setup.targets():
         target = F.layer_norm(batch.columns[spec.column]["codes"], (spec.width,), eps=1e-6)
-        prediction = same.heads(taps)[spec.name]
+        prediction = same.heads(taps, batch.units, batch.units)[spec.name]
         wanted[spec.name] = F.smooth_l1_loss(prediction, target)
     for name, value in wanted.items():
         torch.testing.assert_close(result.losses[name], value)

@@ -9,7 +9,7 @@ from kdhiera.cache.encoding import make_codec
 from kdhiera.cache.rows import KeptRows
 from kdhiera.config import ObjectiveConfig, StudentConfig, TrainConfig
 from kdhiera.grid import Grid
-from kdhiera.masking import MaskSpec, Scope, Strategy, draw_mask
+from kdhiera.masking import MaskSchedule, MaskSpec, Scope, Strategy, draw_mask
 from kdhiera.objective.targets import TargetSpec
 from kdhiera.progress import PlainProgress, Progress
 from kdhiera.student.heads import HeadSpec, build_heads
@@ -20,6 +20,7 @@ from kdhiera.training.loop import TrainSummary, train
 GRID = Grid(num_frames=4, height=64, width=64)
 WIDTH = 24
 MASKS = MaskSpec(strategy=Strategy.ATTENTION, scope=Scope.SLOT, ratio=0.5, seed=0)
+SCHEDULE = MaskSchedule(phases=(MASKS,), draws=2, predicts_hidden=False)
 
 
 class MemorySource:
@@ -68,7 +69,7 @@ class Setup:
 
     run_dir: Path
     identity: dict[str, Any] = field(default_factory=lambda: {"cache": "abc", "lr": 0.01})
-    masks: MaskSpec = MASKS
+    masks: MaskSchedule = SCHEDULE
 
     def config(self, **changes: Any) -> TrainConfig:
         values = {
@@ -121,7 +122,6 @@ class Setup:
             source=source,
             masks=self.masks,
             num_views=num_views,
-            num_draws=2,
             objective=objective or ObjectiveConfig(),
             config=self.config(**changes),
             run_dir=self.run_dir,
