@@ -13,7 +13,7 @@ from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import NEEDS_BASIS
 from kdhiera.cache.fingerprint import base_identity, column_identity
 from kdhiera.cache.layout import CACHE_FILE, COMMITS, PartId, parse_column
-from kdhiera.cache.records import Versions
+from kdhiera.cache.records import PartCommits, Versions
 from kdhiera.config import RunConfig
 from kdhiera.data.patterns import expand
 from kdhiera.data.shards import ShardIndex, try_index_shards
@@ -239,17 +239,25 @@ def make_plan(config: RunConfig, cache: Cache | None, shards: Sequence[ShardInde
         cache=config.cache.dir,
         exists=cache is not None,
         keeps=(cache.mask_plan if cache else config.mask_plan).describe(),
-        probe=config.extract.probe_rows if parts and cache and _made_otherwise(cache) else 0,
+        probe=config.extract.probe_rows
+        if parts and cache and _made_otherwise(cache, committed)
+        else 0,
         bases=_bases(config, cache, shards, {c for part in parts for c in part.columns}),
         parts=tuple(parts),
         num_parts=len(shards) * config.views.num,
     )
 
 
-def _made_otherwise(cache: Cache) -> bool:
-    """Whether something is committed, and nothing of it with the versions that are here."""
+def _made_otherwise(cache: Cache, committed: Mapping[PartId, PartCommits]) -> bool:
+    """Whether something is committed, and nothing of it with the versions that are here.
+
+    Args:
+        cache: The cache.
+        committed: What there is of the config's shards; only where that is nothing, all shards
+            being new to the cache, the others are looked at.
+    """
     made_by: set[Versions] = set()
-    for commits in cache.commits().values():
+    for commits in (committed or cache.commits()).values():
         made_by |= {commits.base.versions, *(c.versions for c in commits.columns.values())}
     return bool(made_by) and versions() not in made_by
 

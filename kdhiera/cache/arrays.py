@@ -160,10 +160,10 @@ def _file(path: Path) -> Mapping[str, Any]:
 
 
 def create_group(folder: Path, attributes: Mapping[str, object]) -> None:
-    """Create a Zarr group in a folder of an attempt, whose own folder must be there."""
+    """Create a Zarr group; the folder above its own must be there."""
     described: dict[str, Any] = {}
     zarr.create_group(MemoryStore(described), attributes=dict(attributes), zarr_format=3)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     _describe(folder, described)
 
 

@@ -272,8 +272,8 @@ class Attempt:
         with self._writing():
             written = self._finish()
             self._verify()
-        self._ends = file_ends(self.folder)
-        files = self.cache.store.keep(self._key, self.folder)
+            self._ends = file_ends(self.folder)
+            files = self.cache.store.keep(self._key, self.folder)
         self._check_kept(files, written)
         self._check_lease()
         self._ended = True  # from here on a record may name this folder: it stays
