@@ -1,25 +1,19 @@
-"""Every file of `configs/` plans, extracts and learns 32 real clips by heart, at reduced size."""
+"""Every file of `configs/` plans, extracts and trains some steps on real clips, at reduced size."""
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from real_runs import read_tar, write_tar
-from torch import Tensor
-from torch.nn import functional as F
 
-from kdhiera.config import RunConfig, load
+from kdhiera.config import load
 from kdhiera.demo.prepare import Prepared
-from kdhiera.objective.targets import normalise
 from kdhiera.progress import make_progress
-from kdhiera.stages.distill import distill, open_cache
+from kdhiera.stages.distill import distill
 from kdhiera.stages.extract_teachers import extract
-from kdhiera.training.batches import make_batch, position_of
 from kdhiera.training.metrics import read_metrics
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-CLIPS, STEPS = 32, 200
+CLIPS, STEPS = 8, 15
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +45,8 @@ def reduced(path: Path, shard: Path, caches: Path, demo: Prepared) -> list[str]:
         "student.drop_path=0",
         f"train.batch_size={CLIPS}",
         f"train.epochs={STEPS}",
-        "train.warmup_epochs=20",
-        f"train.lr={0.004 * 256 / CLIPS}",
+        "train.warmup_epochs=3",
+        f"train.lr={0.001 * 256 / CLIPS}",
         "train.min_lr=1.0e-5",
         "train.clip_grad=1.0",
         "train.device=cpu",
@@ -75,82 +69,25 @@ def reduced(path: Path, shard: Path, caches: Path, demo: Prepared) -> list[str]:
     return overrides
 
 
-def best_constant(targets: Tensor, config: RunConfig) -> float:
-    """Loss of the vector that predicts all tokens best, found by descent on the loss itself."""
-    kind, beta = config.objective.loss, config.objective.beta
-    constant = targets.mean(0).clone().requires_grad_()
-    optimiser = torch.optim.LBFGS([constant], max_iter=200, line_search_fn="strong_wolfe")
-
-    def value() -> Tensor:
-        if kind == "cosine":
-            return (2 - 2 * F.cosine_similarity(constant[None], targets)).mean()
-        if kind == "mse":
-            return (constant - targets).square().mean()
-        assert kind == "smooth_l1"
-        return F.smooth_l1_loss(constant.expand_as(targets), targets, beta=beta)
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        found = value()
-        found.backward()
-        return found
-
-    optimiser.step(closure)
-    return float(value())
-
-
-def constant_losses(config: RunConfig) -> dict[str, float]:
-    """By target, over the units that training predicts."""
-    opened = open_cache(config)
-    rows = opened.source.read(np.arange(opened.source.num_samples), view=0)
-    masks = config.mask_schedule
-    position = position_of(0, steps_per_epoch=1, num_views=1, num_draws=1)
-    batch = make_batch(
-        rows,
-        masks.widest,
-        position,
-        np.arange(len(rows.uids)),
-        predict_hidden=masks.predicts_hidden,
-    )
-    losses = {}
-    for (teacher, layer), codec in opened.codecs.items():
-        column = f"{teacher}.{layer}.{config.cache.encoding}"
-        raw = codec.decode(batch.columns[column], batch.target_units).flatten(0, 2)
-        targets = normalise(raw, config.objective.normalise)
-        losses[f"{teacher}/{layer}"] = best_constant(targets, config)
-    return losses
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_recipe_learns_a_few_clips_by_heart(
+def test_a_recipe_plans_extracts_and_trains(
     path: Path, shard: Path, caches: Path, demo: Prepared
 ) -> None:
-    """60 % of what the best constant leaves is explained after 200 steps, with every teacher."""
     config = load(path, reduced(path, shard, caches, demo))
     with make_progress() as progress:
-        summary = extract(config, progress=progress)
-        assert summary.rows == {"ok": CLIPS}
+        assert extract(config, progress=progress).rows == {"ok": CLIPS}
         distill(config, progress=progress)
-    last = read_metrics(Path(config.run_dir))[-1]
-    constants = constant_losses(config)
-    print({n: round(1 - last[f"loss/{n}"] / c, 3) for n, c in constants.items()}, last["seconds"])
-    assert constants.keys() == {
-        f"{t}/{layer}" for t, chosen in config.objective_layers.items() for layer in chosen
-    }
-    by_teacher = {
-        teacher: [
-            (last[f"loss/{teacher}/{layer}"], constants[f"{teacher}/{layer}"]) for layer in layers
-        ]
+    lines = read_metrics(Path(config.run_dir))
+    assert lines[-1]["step"] == STEPS
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert {name for name in lines[-1] if name.startswith("loss/")} == {
+        f"loss/{teacher}/{layer}"
         for teacher, layers in config.objective_layers.items()
+        for layer in layers
     }
-    for teacher, pairs in by_teacher.items():
-        ours, theirs = (sum(column) for column in zip(*pairs, strict=True))
-        assert ours < 0.4 * theirs, teacher
 
 
-def test_ablations_share_the_cache_of_their_base(
-    shard: Path, caches: Path, demo: Prepared
-) -> None:
+def test_ablations_share_the_cache_of_their_base(shard: Path, caches: Path, demo: Prepared) -> None:
     """After the base was extracted, nothing is left to do for any of them."""
     with make_progress() as progress:
         for name in ("k400_hiera_base", "last_layer_only", "image_only", "video_only"):
