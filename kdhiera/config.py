@@ -439,7 +439,7 @@ class ObjectiveConfig(Section):
     layer_weights: Mapping[str, Mapping[str, Annotated[float, Field(ge=0)]]] | None = None
     teacher_drop: Fraction = 0.0
     strategy: Strategy = Strategy.ATTENTION
-    ratio: tuple[Ratio, ...] | None = Field(None, min_length=1)
+    ratio: tuple[Ratio, ...] | None = None
     draws: int | None = Field(None, ge=1, le=1000)
 
     @field_validator("layers", mode="before")
@@ -455,6 +455,8 @@ class ObjectiveConfig(Section):
     @field_validator("ratio", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
+        if value in ([], ()):
+            raise ValueError("name at least one ratio")
         return (value,) if isinstance(value, int | float) else value
 
     @field_validator("layer_weights", mode="before")

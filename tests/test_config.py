@@ -66,6 +66,11 @@ def test_overrides_are_yaml_at_dotted_keys() -> None:
         ("objective.layer_weights={image: {7: 1}}", r"image weighs \['7'\], but the layers of im"),
         ("objective.layer_weights={image: {6: 0, 9: 0, 12: 0}}", "leaves no layer a weight"),
         ("objective.layer_weights.image.6=-1", "`objective.layer_weights.image.6`: .* got -1"),
+        (
+            "objective.ratio=1.5",
+            r"yaml: `objective.ratio.0`: Input should be less than 1, got 1.5$",
+        ),
+        ("objective.ratio=[]", "`objective.ratio`: name at least one ratio"),
         ("objective.teacher_drop=1.5", "`objective.teacher_drop`"),
         ("objective.loss=huber", "'cosine' or 'cosine_smooth_l1', got 'huber'"),
         ("student.head=deep", "'linear' or 'mlp', got 'deep'"),
