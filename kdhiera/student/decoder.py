@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -149,13 +149,6 @@ class Decoders(nn.ModuleDict):
         for decoder in self.values():
             every |= decoder(taps, units, target_units)
         return every
-
-    def set_fused_attention(self, fused: bool) -> None:
-        """As `kdhiera.student.hiera.set_fused_attention` does for the student."""
-        for module in self.modules():
-            if isinstance(module, Block):
-                attention: Any = module.attn
-                attention.fused_attn = fused
 
 
 def build_decoders(specs: Mapping[str, DecoderSpec], grid: Grid, *, seed: int) -> Decoders:

@@ -366,7 +366,7 @@ class Student(nn.Module):
         return int(self.backbone.blocks[block].attn.dim_out)
 
 
-def set_fused_attention(backbone: Any, fused: bool) -> None:
+def set_fused_attention(module: nn.Module, fused: bool) -> None:
     """Choose between torch's fused attention and plain matrix products; same result.
 
     The fused kernel's backward pass is slow in bf16 on CPUs: a training step of the nano
@@ -374,11 +374,13 @@ def set_fused_attention(backbone: Any, fused: bool) -> None:
     with plain products (AVX512-BF16 and AMX, torch 2.14).
 
     Args:
-        backbone: From `build`.
-        fused: Whether blocks call `scaled_dot_product_attention`.
+        module: With attention of timm's anywhere inside.
+        fused: Whether it calls `scaled_dot_product_attention`.
     """
-    for block in backbone.blocks:
-        block.attn.fused_attn = fused
+    part: Any
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = fused
 
 
 def depths_of(backbone: Any) -> tuple[int, ...]:

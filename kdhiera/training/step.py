@@ -109,8 +109,7 @@ class Learner:
         self.means = {spec.name: RunningMean(spec.width, device) for spec in targets}
         fused = device.type != "cpu" or dtype is torch.float32
         set_fused_attention(student.backbone, fused)
-        if isinstance(heads, Decoders):
-            heads.set_fused_attention(fused)
+        set_fused_attention(heads, fused)
         self._forward = torch.compile(self._run) if config.compile else self._run
 
     def step(self, batch: Batch, *, measure: bool) -> StepResult:
