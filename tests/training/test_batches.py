@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import GRID, SCHEDULE, MemorySource
 
-from kdhiera.cache.rows import KeptRows
 from kdhiera.errors import UsageError
 from kdhiera.masking import MaskSpec, Scope, Strategy, draw_mask
 from kdhiera.training.batches import (
@@ -134,13 +133,7 @@ def test_a_batch_that_predicts_what_is_hidden(source: MemorySource) -> None:
     """Of clips that keep every unit: pixels of the visible ones, features of all others."""
     samples = np.array([3, 4])
     features = source.features[0, samples]
-    rows = KeptRows(
-        uids=("clip-3", "clip-4"),
-        units=np.tile(np.arange(GRID.num_units, dtype=np.int16), (2, 1)),
-        scores=source.scores[0, samples],
-        pixels=GRID.frames_to_units(source.clips[0, samples]),
-        columns={"image-9": {"codes": features}},
-    )
+    rows = MemorySource(keep_all=True).read(samples, view=0)
     batch = make_batch(rows, SPEC, position(view=0), samples, predict_hidden=True)
     visible = make_batch(rows, SPEC, position(view=0), samples)
     assert torch.equal(batch.units, visible.units)
@@ -150,6 +143,14 @@ def test_a_batch_that_predicts_what_is_hidden(source: MemorySource) -> None:
         assert hidden == sorted(set(range(GRID.num_units)) - shown)
         stored = batch.columns["image-9"]["codes"][row].numpy()
         assert np.array_equal(stored, features[row, hidden])
+    unseen = np.ones(rows.pixels.shape[:2], bool)
+    np.put_along_axis(unseen, batch.units.numpy(), False, axis=1)
+    noise = np.random.default_rng(1).integers(0, 256, rows.pixels.shape, dtype=np.uint8)
+    mixed = np.where(unseen[:, :, None, None, None, None], noise, rows.pixels)
+    noisy = make_batch(
+        replace(rows, pixels=mixed), SPEC, position(view=0), samples, predict_hidden=True
+    )
+    assert torch.equal(noisy.pixels, batch.pixels)  # what hidden pixels hold is never seen
     assert visible.target_units is visible.units
     moved = visible.map(torch.clone)
     assert moved.target_units is moved.units

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import MemorySource, Setup
+from tiny_run import GRID, MASKS, MemorySource, Setup
 from torch.nn import functional as F
 
 from kdhiera.config import ObjectiveConfig
-from kdhiera.objective.targets import PhiS
-from kdhiera.student.heads import HeadSpec, build_heads
+from kdhiera.objective.targets import PhiS, TargetSpec
+from kdhiera.student.decoder import Decoders, DecoderSpec, build_decoders
+from kdhiera.student.heads import Heads, HeadSpec, build_heads
+from kdhiera.student.hiera import Student
 from kdhiera.training.batches import Batch, make_batch, position_of
 from kdhiera.training.optim import Schedule
 from kdhiera.training.step import Learner, NonFiniteError, seeded
@@ -26,18 +28,14 @@ def learner(
     objective: ObjectiveConfig | None = None,
     **changes: object,
 ) -> Learner:
+    objective = objective or ObjectiveConfig()
     student, targets = setup.student(), setup.targets()
-    heads = {
-        spec.name: HeadSpec(
-            tap=spec.tap, tokens=4, width_in=student.tap_shape(spec.tap)[1], width_out=spec.width
-        )
-        for spec in targets
-    }
+    made = decoders_of if objective.kind == "masked" else heads_of
     return Learner(
         student=student,
-        heads=build_heads(heads, seed=1),
+        heads=made(student, targets),
         targets=targets,
-        objective=objective or ObjectiveConfig(),
+        objective=objective,
         config=setup.config(**changes),
         schedule=Schedule(peak=1e-3, final=1e-3, warmup_steps=0, num_steps=100),
         device=CPU,
@@ -45,11 +43,37 @@ def learner(
     )
 
 
-def batch_of(setup: Setup, source: MemorySource, step: int = 0) -> Batch:
+def heads_of(student: Student, targets: list[TargetSpec]) -> Heads:
+    specs = {
+        spec.name: HeadSpec(
+            tap=spec.tap, tokens=4, width_in=student.tap_shape(spec.tap)[1], width_out=spec.width
+        )
+        for spec in targets
+    }
+    return build_heads(specs, seed=1)
+
+
+def decoders_of(student: Student, targets: list[TargetSpec]) -> Decoders:
+    specs = {
+        spec.teacher: DecoderSpec(
+            taps={spec.tap: student.tap_shape(spec.tap)},
+            targets={spec.name: spec.width},
+            width=64,
+            depth=1,
+        )
+        for spec in targets
+    }
+    return build_decoders(specs, GRID, seed=1)
+
+
+def batch_of(
+    setup: Setup, source: MemorySource, step: int = 0, ratio: float = MASKS.ratio
+) -> Batch:
     samples = np.array([3, 1, 8, 5])
     position = position_of(step, steps_per_epoch=4, num_views=2, num_draws=2)
     rows = source.read(samples, view=position.view)
-    return make_batch(rows, setup.masks.widest, position, samples)
+    masks = replace(MASKS, ratio=ratio)
+    return make_batch(rows, masks, position, samples, predict_hidden=source.keep_all)
 
 
 def test_losses_are_those_of_the_formula(setup: Setup, source: MemorySource) -> None:
@@ -235,19 +259,25 @@ from kdhiera.training.step import explain_compiler
 
 hiera.SIZES = {{"nano": {{**hiera.SIZES["nano"], "stages": (1, 1, 1, 1)}}}}  # to be quicker
 torch.set_num_threads(1)
-setup, source = Setup(run_dir=Path("unused")), MemorySource()
-objective = ObjectiveConfig(teacher_drop=0.5, loss="cosine_smooth_l1")
-plain, compiled = (learner(setup, objective=objective) for _ in range(2))
-compiled._forward = torch.compile(compiled._run, fullgraph=True, backend="aot_eager")
-for step in range(2):
-    results = [
-        each.step(batch_of(setup, source, step), measure=True) for each in (plain, compiled)
-    ]
-    assert torch.equal(results[0].loss, results[1].loss), results
-    assert torch.equal(results[0].grad_norm, results[1].grad_norm), results
+setup = Setup(run_dir=Path("unused"))
+visible = ObjectiveConfig(teacher_drop=0.5, loss="cosine_smooth_l1")
+masked = ObjectiveConfig(kind="masked")
 counters = torch._dynamo.utils.counters
-assert not counters["graph_break"], counters["graph_break"]
-assert counters["stats"]["unique_graphs"] == 1, counters["stats"]
+for objective, ratios in ((visible, (0.5, 0.5)), (masked, (0.5, 0.75, 0.5))):
+    source = MemorySource(keep_all=objective is masked)
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = (learner(setup, objective=objective) for _ in range(2))
+    compiled._forward = torch.compile(compiled._run, fullgraph=True, backend="aot_eager")
+    for step, ratio in enumerate(ratios):
+        results = [
+            each.step(batch_of(setup, source, step, ratio), measure=True)
+            for each in (plain, compiled)
+        ]
+        assert torch.equal(results[0].loss, results[1].loss), results
+        assert torch.equal(results[0].grad_norm, results[1].grad_norm), results
+    assert not counters["graph_break"], counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == len(set(ratios)), counters["stats"]
 
 torch._inductor.config.cpp.cxx = (None, "/nowhere/g++")
 try:
@@ -260,7 +290,7 @@ except KdhieraError as error:
 
 @pytest.mark.slow
 def test_forward_and_losses_compile_into_one_graph() -> None:
-    """No graph breaks and no recompilation; the same losses and gradients, drop-path included.
+    """No graph breaks, one compilation a ratio; the same losses and gradients, drop-path included.
 
     Without a compiler `train.compile` is refused in a sentence. In a process of its own: the
     shape checks of the tests are no part of the product, and no compiler sees through them.

@@ -24,11 +24,14 @@ SCHEDULE = MaskSchedule(phases=(MASKS,), draws=2, predicts_hidden=False)
 
 
 class MemorySource:
-    """Random clips with random features, kept as a cache keeps them."""
+    """Random clips with random features, kept as a cache keeps them: under masks, or all units."""
 
-    def __init__(self, num_samples: int = 18, num_views: int = 2, seed: int = 0) -> None:
+    def __init__(
+        self, num_samples: int = 18, num_views: int = 2, seed: int = 0, keep_all: bool = False
+    ) -> None:
         rng = np.random.default_rng(seed)
         self.num_samples = num_samples
+        self.keep_all = keep_all
         shape = (num_views, num_samples)
         frames = (GRID.num_frames, GRID.height, GRID.width, 3)
         self.clips = rng.integers(0, 256, (*shape, *frames), dtype=np.uint8)
@@ -43,7 +46,11 @@ class MemorySource:
         codes = np.zeros((b, bound, 4, WIDTH), np.float32)
         for row, sample in enumerate(samples):
             uid = f"clip-{sample}"
-            kept = kept_units(self.scores[view, sample], uid=uid, view=view)
+            kept = (
+                np.arange(bound)
+                if self.keep_all
+                else kept_units(self.scores[view, sample], uid=uid, view=view)
+            )
             units[row, : len(kept)] = kept
             cubes = GRID.frames_to_units(self.clips[view, sample][None])[0]
             pixels[row, : len(kept)] = cubes[kept]
