@@ -37,9 +37,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,40}$")]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, and unknown keys are errors."""
+    """Base of all sections: frozen; unknown keys and infinite numbers are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -406,6 +406,14 @@ class StudentConfig(Section):
     decoder: DecoderConfig = DecoderConfig()
     init: str | None = None
 
+    @field_validator("taps")
+    @classmethod
+    def _named(cls, value: Mapping[str, tuple[str, ...]] | None) -> object:
+        empty = [name for name, taps in (value or {}).items() if not taps]
+        if empty:
+            raise ValueError(f"taps of {empty[0]}: name one for every layer, or leave it out")
+        return value
+
 
 class ObjectiveConfig(Section):
     """What the student is asked for, and under which masks.
@@ -491,7 +499,8 @@ class TrainConfig(Section):
         keep_last: Checkpoints kept.
         prefetch: Batches read ahead.
         num_threads: CPU threads of the loop; 0 leaves torch's own choice.
-        compile: Compile forward and losses with `torch.compile`.
+        compile: Compile forward and losses with `torch.compile`, once for every ratio (torch
+            compiles eight, and runs those after them as they are).
         grad_checkpointing: Compute the student's blocks again in the backward pass instead of
             keeping what they computed: less memory, more time, the same losses.
     """
@@ -588,21 +597,21 @@ class RunConfig(Section):
                         f"{key} names `{name}`, but the teachers are: {', '.join(self.teachers)}"
                     )
         for name, teacher in self.teachers.items():
-            numbers = [int(x) for x in teacher.layers if x.isdecimal()]
-            if len(set(teacher.layers)) < len(teacher.layers) or numbers != sorted(numbers):
-                raise ValueError(
-                    f"teachers.{name}.layers must ascend without repeats (deeper layers are read "
-                    f"at deeper taps), got {list(teacher.layers)}"
-                )
+            _check_order(f"teachers.{name}.layers", teacher.layers)
         if not any(self.objective_layers.values()) or not all(self.objective_layers.values()):
             raise ValueError("objective.teachers and objective.layers leave a teacher no layer")
         for name, layers in self.objective_layers.items():
-            missing = set(layers) - set(self.teachers[name].layers)
-            if missing:
+            known = self.teachers[name].layers
+            if layers != tuple(layer for layer in known if layer in layers):
                 raise ValueError(
-                    f"objective.layers.{name} asks for {sorted(missing)}, but "
-                    f"teachers.{name}.layers has {list(self.teachers[name].layers)}"
+                    f"objective.layers.{name} must name some of teachers.{name}.layers, "
+                    f"{list(known)}, in that order, got {list(layers)}"
                 )
+        if not any(self.teachers[name].weight for name in self.objective_layers):
+            raise ValueError(
+                "all teachers of the objective have weight 0: nothing would be learnt; give one a "
+                "teachers.NAME.weight above 0"
+            )
         for name, weights in (self.objective.layer_weights or {}).items():
             trained = self.objective_layers.get(name, ())
             unknown = set(weights) - set(trained)
@@ -692,6 +701,23 @@ class RunConfig(Section):
         return {name: tuple(layers.get(name, self.teachers[name].layers)) for name in chosen}
 
 
+def _check_order(key: str, layers: Sequence[str]) -> None:
+    """Layers are read at taps in their order, so the order must be that of the depth."""
+    for layer in layers:
+        if layer.isdecimal() and layer != str(int(layer)):
+            raise ValueError(f"{key} names {layer!r}: write {int(layer)}")
+    depths = [
+        float("inf") if layer == "norm" else int(layer)
+        for layer in layers
+        if layer == "norm" or layer.isdecimal()
+    ]
+    if len(set(layers)) < len(layers) or depths != sorted(depths):
+        raise ValueError(
+            f"{key} must ascend without repeats, `norm` last (deeper layers are read at deeper "
+            f"taps), got {list(layers)}"
+        )
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML config and apply `key.sub=value` overrides.
 
@@ -771,7 +797,7 @@ def _explain(error: ValidationError) -> str:
         elif item["type"] == "missing":
             lines.append(f"`{where}` is required")
         else:
-            message = item["msg"].removeprefix("Value error, ")
+            message = item["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
             got = item["input"]
             shown = "" if isinstance(got, dict | BaseModel) else f", got {redact(repr(got))}"
             lines.append(f"`{where}`: {message}{shown}" if item["loc"] else message)

@@ -122,7 +122,7 @@ def distill(
         raise UsageError(f"--resume: there is no checkpoint in {folder}")
     with open_source(config, None if overwrite else _begun_with(folder)) as opened:
         student, heads, specs = student_of(config, opened)
-        num_steps(config.train, opened.source.num_samples)
+        _check_phases(config, num_steps(config.train, opened.source.num_samples))
         resolve_precision(config.train.precision, resolve_device(config.train.device))
         identity = _identity(config, opened)
         with _locked(folder):
@@ -147,6 +147,15 @@ def distill(
         training=summary,
         export=str(folder / "export"),
     )
+
+
+def _check_phases(config: RunConfig, steps: int) -> None:
+    ratios = len(config.mask_schedule.phases)
+    if ratios > steps:
+        raise UsageError(
+            f"objective.ratio names {ratios} ratios for equal shares of the steps, but the run has "
+            f"{steps}: name fewer, or train for longer"
+        )
 
 
 def _train(

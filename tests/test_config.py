@@ -61,7 +61,16 @@ def test_overrides_are_yaml_at_dotted_keys() -> None:
         ("clip.num_frames=7", "clip.num_frames must be even"),
         ("scores.teacher=imago", "scores.teacher names `imago`, but the teachers are: image"),
         ("objective.teachers=[audio]", "objective.teachers names `audio`"),
-        ("objective.layers={image: [7]}", r"asks for \['7'\]"),
+        ("objective.layers={image: [7]}", r"some of teachers.image.layers, \['6', '9', '12'\], in"),
+        ("objective.layers={image: [12, 6]}", r"in that order, got \['12', '6'\]"),
+        ("objective.layers={image: [12, 12]}", r"in that order, got \['12', '12'\]"),
+        ("objective.layers.image=12", "`objective.layers.image`: Input should be a list, got 12"),
+        ("teachers.image.layers=[9, 6]", "teachers.image.layers must ascend without repeats"),
+        ("teachers.image.layers=['06', 9]", "teachers.image.layers names '06': write 6"),
+        ("teachers.image.layers=[norm, 6]", "`norm` last"),
+        ("student.taps={image: []}", "taps of image: name one for every layer"),
+        ("train.lr=.inf", "`train.lr`: Input should be a finite number, got inf"),
+        ("teachers.image.weight=.inf", "`teachers.image.weight`: Input should be a finite number"),
         ("objective.layer_weights={imago: {6: 1}}", "objective.layer_weights names `imago`"),
         ("objective.layer_weights={image: {7: 1}}", r"image weighs \['7'\], but the layers of im"),
         ("objective.layer_weights={image: {6: 0, 9: 0, 12: 0}}", "leaves no layer a weight"),
@@ -100,6 +109,13 @@ def test_a_wrong_setting_is_one_sentence(override: str, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         load(DEMO, [override])
     assert "\n" not in str(caught.value)
+
+
+def test_someone_must_teach() -> None:
+    silent = ["teachers.image.weight=0", "objective.teachers=[image]"]
+    with pytest.raises(UsageError, match="all teachers of the objective have weight 0"):
+        load(DEMO, silent)
+    assert load(DEMO, silent[:1]).teachers["image"].weight == 0  # measured, while video teaches
 
 
 def test_teachers_and_scores_say_more_when_asked() -> None:

@@ -136,6 +136,8 @@ def total(
 ) -> Float[Tensor, ""]:
     """Sum over teachers of weight times the weighted mean over their layers.
 
+    A teacher of weight 0 is only measured: it trains nothing, and no sample is left to it.
+
     With `dropped`, what UNIC calls teacher dropping (arXiv:2408.05088): a sample learns
     from the teacher that it is worst at, and from those others that are not dropped. UNIC
     divides by the number of teachers that are kept; here a dropped teacher adds nothing,
@@ -147,7 +149,8 @@ def total(
         dropped: By teacher, whether a sample may do without it; see `draw_drops`.
     """
     weights = {spec.teacher: spec.weight for spec in targets}
-    by_teacher = teacher_losses(losses, targets)
+    measured = teacher_losses(losses, targets)
+    by_teacher = {teacher: each for teacher, each in measured.items() if weights[teacher]}
     if dropped is not None:
         worst = torch.stack([*by_teacher.values()]).detach().argmax(0)
         by_teacher = {

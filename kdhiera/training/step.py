@@ -110,7 +110,8 @@ class Learner:
         fused = device.type != "cpu" or dtype is torch.float32
         set_fused_attention(student.backbone, fused)
         set_fused_attention(heads, fused)
-        self._forward = torch.compile(self._run) if config.compile else self._run
+        # a graph for every mask ratio: with sizes left open inductor fails on these shapes
+        self._forward = torch.compile(self._run, dynamic=False) if config.compile else self._run
 
     def step(self, batch: Batch, *, measure: bool) -> StepResult:
         """Learn from one batch on the device.
@@ -298,8 +299,9 @@ def explain_compiler(compiled: bool) -> Iterator[None]:
     except TorchDynamoException as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise KdhieraError(
-            f"train.compile: torch cannot compile the step here ({reason[:200]}): install a C++ "
-            "compiler (for a CPU) or Triton (for CUDA), or set train.compile=false"
+            f"train.compile: torch cannot compile the step here ({reason[:200]}): set "
+            "train.compile=false, or install what is missing (a C++ compiler for a CPU, Triton "
+            "for CUDA)"
         ) from error
 
 

@@ -163,6 +163,15 @@ def test_hidden_units_must_be_kept(path: Path) -> None:
             extract(wanted, progress=progress)
 
 
+def test_more_ratios_than_steps_are_refused(path: Path) -> None:
+    config = load(path, ["objective.ratio=[0.5, 0.6, 0.7]", "train.max_steps=2"])
+    with (
+        make_progress() as progress,
+        pytest.raises(UsageError, match="names 3 ratios for equal shares of the steps, but .* 2"),
+    ):
+        distill(config, progress=progress)
+
+
 def test_low_level_targets_where_they_are_visible_are_called_degenerate(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -164,6 +164,16 @@ def test_what_is_dropped_has_no_gradient() -> None:
     assert torch.equal(video, ~worse)
 
 
+def test_a_teacher_without_weight_takes_no_sample_from_the_others() -> None:
+    losses = {spec.name: torch.rand(30) for spec in TEACHERS}
+    losses["video/3"] += 1  # the worst of every sample
+    silent = [replace(s, weight=0.0) if s.teacher == "video" else s for s in TEACHERS]
+    dropped = draw_drops(("image", "video"), range(30), 1.0, seed=0, step=0)
+    without = total(losses, silent, dropped)
+    torch.testing.assert_close(without, total(losses, [s for s in silent if s.weight], dropped))
+    assert without > 0
+
+
 def test_drops_are_a_function_of_seed_step_and_sample() -> None:
     names = ("image", "video")
     samples = list(range(500))
