@@ -167,7 +167,7 @@ def test_more_ratios_than_steps_are_refused(path: Path) -> None:
     config = load(path, ["objective.ratio=[0.5, 0.6, 0.7]", "train.max_steps=2"])
     with (
         make_progress() as progress,
-        pytest.raises(UsageError, match="names 3 ratios for equal shares of the steps, but .* 2"),
+        pytest.raises(UsageError, match=r"names 3 ratios for equal shares of the steps, but .* 2"),
     ):
         distill(config, progress=progress)
 

@@ -1,25 +1,28 @@
-"""Every file of `configs/` plans, extracts and trains some steps on real clips, at reduced size."""
+"""Every file of `configs/` plans, extracts and learns real clips by heart, at reduced size."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from real_runs import read_tar, write_tar
 
-from kdhiera.config import load
+from kdhiera.config import RunConfig, load
 from kdhiera.demo.prepare import Prepared
-from kdhiera.progress import make_progress
-from kdhiera.stages.distill import distill
+from kdhiera.objective.targets import normalise
+from kdhiera.progress import Progress, make_progress
+from kdhiera.stages.distill import distill, open_source, student_of
 from kdhiera.stages.extract_teachers import extract
+from kdhiera.training.batches import batches
 from kdhiera.training.metrics import read_metrics
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-CLIPS, STEPS = 8, 15
+CLIPS, STEPS = 32, 200
 
 
 @pytest.fixture(scope="module")
 def shard(demo: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("clips") / "clips.tar"
-    return write_tar(path, read_tar(demo.train[0])[: 2 * CLIPS])
+    return write_tar(path, read_tar(demo.unlabelled[0])[: 2 * CLIPS])
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def reduced(path: Path, shard: Path, caches: Path, demo: Prepared) -> list[str]:
     image, video = demo.image_teacher, demo.video_weights
     overrides = [
         f"data.shards=[{shard}]",
-        "clip={num_frames: 4, height: 96, width: 96}",
+        "clip={num_frames: 4, height: 32, width: 64}",
         "views={num: 1, frames: dense, frame_stride: 2, crop: center}",
         "masks.draws=1",
         f"cache.dir={caches / Path(config.cache.dir).name}",
@@ -45,12 +48,12 @@ def reduced(path: Path, shard: Path, caches: Path, demo: Prepared) -> list[str]:
         "student.drop_path=0",
         f"train.batch_size={CLIPS}",
         f"train.epochs={STEPS}",
-        "train.warmup_epochs=3",
+        "train.warmup_epochs=20",
         f"train.lr={0.001 * 256 / CLIPS}",
         "train.min_lr=1.0e-5",
-        "train.clip_grad=1.0",
         "train.device=cpu",
         "train.num_threads=1",
+        "train.log_every=50",
     ]
     for name, teacher in config.teachers.items():
         if teacher.kind in ("timm", "transformers") and name == "image":
@@ -69,30 +72,72 @@ def reduced(path: Path, shard: Path, caches: Path, demo: Prepared) -> list[str]:
     return overrides
 
 
+def constant_losses(config: RunConfig) -> dict[str, float]:
+    """Loss of the best constant vector for every target, on what training shows."""
+    with open_source(config, None) as opened:
+        _, _, specs = student_of(config, opened)
+        everything = batches(
+            opened.source, config.mask_schedule,
+            first_step=0, num_steps=1, batch_size=CLIPS, num_views=1, seed=config.train.seed,
+        )  # fmt: skip
+        batch = next(iter(everything))
+        found = {}
+        for spec in specs:
+            features = spec.decode(batch.columns[spec.column], batch.target_units)
+            target = normalise(features, config.objective.normalise, spec.statistics)
+            tokens = target.reshape(-1, spec.width).double().numpy()
+            found[spec.name] = best_constant(tokens, config.objective.loss)
+    return found
+
+
+def best_constant(tokens: np.ndarray, loss: str) -> float:
+    if loss == "mse":
+        return float(tokens.var(0).mean())
+    if loss == "cosine":  # 2 - 2 cos is least for the direction of the mean unit vector
+        unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
+        return float(2 - 2 * np.linalg.norm(unit.mean(0)))
+    assert loss == "smooth_l1"  # convex in every channel: halve where the slope changes sign
+    low, high = tokens.min(0), tokens.max(0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        rising = np.clip(middle - tokens, -1, 1).sum(0) > 0
+        low, high = np.where(rising, low, middle), np.where(rising, middle, high)
+    far = np.abs(tokens - (low + high) / 2)
+    return float(np.where(far < 1, far**2 / 2, far - 0.5).mean())
+
+
+@pytest.fixture
+def progress() -> Progress:
+    with make_progress() as made:
+        yield made
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_recipe_plans_extracts_and_trains(
-    path: Path, shard: Path, caches: Path, demo: Prepared
+def test_a_recipe_learns_clips_by_heart(
+    path: Path, shard: Path, caches: Path, demo: Prepared, progress: Progress
 ) -> None:
+    """In 200 steps 60 % of what the best constant leaves is gone; a head without input has 0 %."""
     config = load(path, reduced(path, shard, caches, demo))
-    with make_progress() as progress:
-        assert extract(config, progress=progress).rows == {"ok": CLIPS}
-        distill(config, progress=progress)
-    lines = read_metrics(Path(config.run_dir))
-    assert lines[-1]["step"] == STEPS
-    assert lines[-1]["loss"] < lines[0]["loss"]
-    assert {name for name in lines[-1] if name.startswith("loss/")} == {
-        f"loss/{teacher}/{layer}"
-        for teacher, layers in config.objective_layers.items()
-        for layer in layers
-    }
+    assert extract(config, progress=progress).rows == {"ok": CLIPS}
+    constant = constant_losses(config)
+    distill(config, progress=progress)
+    last = read_metrics(Path(config.run_dir))[-1]
+    assert last["step"] == STEPS
+    assert {name for name in last if name.startswith("loss/")} == {f"loss/{n}" for n in constant}
+    for teacher, layers in config.objective_layers.items():
+        names = [f"{teacher}/{layer}" for layer in layers]
+        left = sum(last[f"loss/{n}"] for n in names) / sum(constant[n] for n in names)
+        assert left < 0.4, (teacher, {n: last[f"loss/{n}"] / constant[n] for n in names})
 
 
-def test_ablations_share_the_cache_of_their_base(shard: Path, caches: Path, demo: Prepared) -> None:
+def test_ablations_share_the_cache_of_their_base(
+    shard: Path, caches: Path, demo: Prepared, progress: Progress
+) -> None:
     """After the base was extracted, nothing is left to do for any of them."""
-    with make_progress() as progress:
-        for name in ("k400_hiera_base", "last_layer_only", "image_only", "video_only"):
-            path = CONFIGS[0].with_name(f"{name}.yaml")
-            config = load(path, reduced(path, shard, caches, demo))
-            base = name == "k400_hiera_base"
-            summary = extract(config, progress=progress, dry_run=not base)
-            assert base or (summary.plan.exists and not summary.plan.parts), name
+    for name in ("k400_hiera_base", "last_layer_only", "image_only", "video_only"):
+        path = CONFIGS[0].with_name(f"{name}.yaml")
+        config = load(path, reduced(path, shard, caches, demo))
+        base = name == "k400_hiera_base"
+        summary = extract(config, progress=progress, dry_run=not base)
+        assert base or (summary.plan.exists and not summary.plan.parts), name
