@@ -15,6 +15,7 @@ COMMANDS = [
     ["distill"],
     ["evaluate"],
     ["show"],
+    ["export"],
     ["config"],
     ["config", "show"],
     ["cache"],

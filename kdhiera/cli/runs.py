@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,12 @@ import typer
 from kdhiera.cli.common import AsJson, Config, Overrides, command, emit, load
 
 run_app = typer.Typer()
+
+
+class Form(StrEnum):
+    """What loads an export."""
+
+    HIERA = "hiera"
 
 
 @command(
@@ -119,3 +126,27 @@ def show(
         paths = run_show(run, num_clips=clips, folder=out, progress=progress)
     for path in paths:
         typer.echo(str(path))
+
+
+@command(
+    "export",
+    "kdhiera export configs/demo.yaml --to hiera",
+    "kdhiera export configs/demo.yaml --to hiera --out hiera_nano.pth",
+    to=run_app,
+)
+def export(
+    config: Config,
+    overrides: Overrides = None,
+    to: Annotated[
+        Form, typer.Option("--to", help="hiera: a checkpoint that the original Hiera loads.")
+    ] = Form.HIERA,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File; by default the run's export/hiera.pth.")
+    ] = None,
+) -> None:
+    """Write the trained student in another form than the run's export/, which timm loads."""
+    run = load(config, overrides)
+    from kdhiera.stages.export import export_original
+
+    assert to is Form.HIERA
+    typer.echo(str(export_original(run, out)))

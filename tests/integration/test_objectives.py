@@ -16,6 +16,7 @@ from kdhiera.objective.targets import PhiS
 from kdhiera.progress import Progress, make_progress
 from kdhiera.stages.assemble import columns_of
 from kdhiera.stages.distill import distill, open_cache, student_of
+from kdhiera.stages.export import export_original
 from kdhiera.stages.extract_teachers import extract
 from kdhiera.stages.statistics import calibration_reads
 from kdhiera.student.export import load_exported
@@ -102,10 +103,15 @@ def test_every_option_of_the_method_trains(make_run: MakeRun, progress: Progress
     assert {f"explained_variance/{n}" for n in ("image/6", "image/12", "video/3")} < set(lines[0])
 
     trained = Path(config.run_dir) / "export"
+    original = torch.load(export_original(config, None), weights_only=True)
+    official = make_run("official", student={"init": str(trained / "hiera.pth")})
+    from_original, _, _ = student_of(official, open_cache(official))
+    assert len(original["model_state"]) == len(from_original.backbone.state_dict())
     start = make_run("start", student={"init": str(trained)}, train={"max_steps": 1})
     student, _, _ = student_of(start, open_cache(start))
     loaded = load_exported(trained).backbone.state_dict()
-    assert all(torch.equal(loaded[n], v) for n, v in student.backbone.state_dict().items())
+    for found in (student, from_original):
+        assert all(torch.equal(loaded[n], v) for n, v in found.backbone.state_dict().items())
     distill(start, progress=progress)
     moved = shutil.copytree(trained, trained.with_name("moved"))
     elsewhere = {"max_steps": 1, "grad_checkpointing": True}
