@@ -491,9 +491,11 @@ class TrainConfig(Section):
         betas: AdamW's.
         weight_decay: Not on norms, biases and position embeddings.
         clip_grad: Largest gradient norm; None means no clipping.
+        jitter: Brightness, contrast and saturation of the student's clips change by factors of
+            up to 1 - jitter and 1 + jitter; the teachers' do not. 0 changes nothing.
         precision: Autocast; `auto` is bf16 where the hardware multiplies it.
         device: `auto`, `cpu` or `cuda`.
-        seed: Decides initial weights, sample order and drop-path.
+        seed: Decides initial weights, sample order, drop-path and jitter.
         log_every: Steps between metric lines.
         save_every: Epochs between checkpoints.
         keep_last: Checkpoints kept.
@@ -514,6 +516,7 @@ class TrainConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.05, ge=0)
     clip_grad: float | None = Field(None, gt=0)
+    jitter: Fraction = 0.0
     precision: Precision = "auto"
     device: str = "auto"
     seed: int = 0

@@ -25,6 +25,7 @@ from kdhiera.student.decoder import Decoders
 from kdhiera.student.heads import Heads
 from kdhiera.student.hiera import Student, set_fused_attention
 from kdhiera.training.batches import Batch
+from kdhiera.training.jitter import jitter
 from kdhiera.training.optim import Schedule, build_optimizer
 from kdhiera.views import stable_key
 
@@ -117,7 +118,7 @@ class Learner:
         """Learn from one batch on the device.
 
         All randomness is a function of the seed and the step's number (drop-path), and of the
-        sample's (teacher dropping).
+        sample's (teacher dropping, jitter).
 
         Args:
             batch: On the device.
@@ -128,13 +129,14 @@ class Learner:
             KdhieraError: If `train.compile` is set and this machine cannot compile.
         """
         number = batch.position.step
+        pixels = self._jittered(batch)
         wanted = self._wanted(batch)
         dropped = self._drops(batch)
         with (
             seeded("step", self.config.seed, number, device=self.device),
             explain_compiler(self.config.compile),
         ):
-            outcome = self._forward(batch.pixels, batch.units, batch.target_units, wanted, dropped)
+            outcome = self._forward(pixels, batch.units, batch.target_units, wanted, dropped)
         if not bool(torch.isfinite(outcome.value)):
             raise NonFiniteError(_explain_loss(outcome.losses, wanted))
 
@@ -212,6 +214,17 @@ class Learner:
             value=total(each, self.targets, dropped),
             losses={n: values.mean() for n, values in each.items()},
             predicted=predicted,
+        )
+
+    def _jittered(self, batch: Batch) -> Tensor:
+        if not self.config.jitter:
+            return batch.pixels
+        return jitter(
+            batch.pixels,
+            batch.samples.tolist(),
+            self.config.jitter,
+            seed=self.config.seed,
+            step=batch.position.step,
         )
 
     def _drops(self, batch: Batch) -> dict[str, Tensor] | None:

@@ -16,6 +16,7 @@ from kdhiera.student.decoder import Decoders, DecoderSpec, build_decoders
 from kdhiera.student.heads import Heads, HeadSpec, build_heads
 from kdhiera.student.hiera import Student
 from kdhiera.training.batches import Batch, make_batch, position_of
+from kdhiera.training.jitter import jitter
 from kdhiera.training.optim import Schedule
 from kdhiera.training.step import Learner, NonFiniteError, seeded
 
@@ -143,6 +144,15 @@ def test_drop_path_is_a_function_of_seed_and_step(setup: Setup, source: MemorySo
     assert not torch.equal(first.loss, other.loss)
     torch.manual_seed(5)
     assert torch.equal(torch.rand(2), outside)
+
+
+def test_jitter_is_on_the_students_pixels_alone(setup: Setup, source: MemorySource) -> None:
+    batch = batch_of(setup, source)
+    ours = learner(setup, jitter=0.4)
+    changed = jitter(batch.pixels, batch.samples.tolist(), 0.4, seed=0, step=0)
+    wanted = learner(setup).step(replace(batch, pixels=changed), measure=False).loss
+    assert torch.equal(ours.step(batch, measure=False).loss, wanted)
+    assert not torch.equal(learner(setup).step(batch, measure=False).loss, wanted)
 
 
 def test_clipping_bounds_the_gradient(setup: Setup, source: MemorySource) -> None:
