@@ -132,6 +132,22 @@ def check_teachers(
         )
 
 
+def warn_of_scores(config: RunConfig, teachers: Mapping[str, Teacher]) -> None:
+    """Say so if scores come from a class token that nothing was asked of in training."""
+    scores = config.scores
+    if scores.source == "cls_attention" and _is_mae(teachers[scores.teacher].identity):
+        logger.warning(
+            "teacher %s: scores.source=cls_attention reads MAE's class token, which no objective "
+            "trains; scores.source=received_attention is the one for MAE",
+            scores.teacher,
+        )
+
+
+def _is_mae(identity: Mapping[str, object]) -> bool:
+    is_timms = identity.get("kind") == "timm" and str(identity["model"]).endswith(".mae")
+    return is_timms or identity.get("architecture") == "vit_mae"
+
+
 def _scoring(config: RunConfig) -> str | None:
     """The teacher that gives scores, if one does."""
     return config.scores.teacher if config.scores.source != "uniform" else None

@@ -1,22 +1,26 @@
 """Teachers that a run cannot use as they are: what is said, and that nothing was begun."""
 
+import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "teachers"))
 
+from small_models import TIMM_FAMILIES, timm_model
 
 from kdhiera.cache.commit import Cache
 from kdhiera.config import RunConfig
 from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.progress import Progress, make_progress
 from kdhiera.stages import distill as distill_stage
-from kdhiera.stages.distill import distill
+from kdhiera.stages.distill import distill, open_source
 from kdhiera.stages.extract_teachers import extract
 
 MakeRun = Callable[..., RunConfig]
@@ -90,3 +94,37 @@ def test_scores_that_turn_negative_stop_the_extraction(
         extract(config, progress=progress)
     assert isinstance(caught.value, UsageError)  # not tried again
     assert not Cache.open(config.cache.dir).commits()
+
+
+@pytest.mark.parametrize(
+    ("source", "warnings"), [("cls_attention", 1), ("received_attention", 0), ("uniform", 0)]
+)
+def test_maes_class_token_is_warned_of_once(
+    make_run: MakeRun,
+    progress: Progress,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    source: str,
+    warnings: int,
+) -> None:
+    family = TIMM_FAMILIES["mae"]
+    torch.save(timm_model(family).state_dict(), tmp_path / "mae.pth")
+    teacher = {"kind": "timm", "model": family.model, "options": dict(family.options)}
+    teacher |= {"weights": str(tmp_path / "mae.pth"), "layers": ["3"], "precision": "fp32"}
+    config = make_run(
+        "mae",
+        teachers={"image": teacher, "edges": {"kind": "hog"}},
+        scores={"teacher": "image", "source": source},
+        views={"num": 1},
+    )
+
+    def said() -> Counter[str]:
+        found = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        caplog.clear()
+        return Counter("scores.source=received_attention" in text for text in found)
+
+    extract(config, progress=progress)
+    assert said()[True] == warnings
+    live = config.model_copy(update={"cache": config.cache.model_copy(update={"mode": "live"})})
+    with open_source(live, None):
+        assert said()[True] == warnings
