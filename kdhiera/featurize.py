@@ -23,6 +23,7 @@ from kdhiera.cache.stats import ChannelStatistics, channel_statistics
 from kdhiera.grid import Grid
 from kdhiera.masking import MaskPlan
 from kdhiera.teachers.base import Teacher, TeacherOutput
+from kdhiera.teachers.contract import check_scores
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,9 @@ class Featurizer:
             units: Kept units decided before (a replay); None draws them from the scores.
             rescore: Compute scores in a replay as well, where they decide nothing; otherwise
                 they are zeros there.
+
+        Raises:
+            UsageError: If scores are negative or no shares of their slot.
         """
         slots, per_slot = self.grid.slots, self.grid.units_per_slot
         outputs = [
@@ -183,6 +187,7 @@ class Featurizer:
             return np.full((count, slots, per_slot), 1.0 / per_slot, np.float32)
         maps = [o[self.score_teacher].scores for o in outputs]
         tokens = torch.cat([m for m in maps if m is not None]).float()
+        check_scores(tokens, who=f"teacher {self.score_teacher}")
         return np.asarray(self.grid.pool_scores(tokens).cpu().numpy(), np.float32)
 
     def _kept(

@@ -22,7 +22,7 @@ from kdhiera.featurize import Featurizer
 from kdhiera.masking import MaskPlan
 from kdhiera.student.export import load_exported
 from kdhiera.student.hiera import Student, build
-from kdhiera.teachers.build import build_teachers
+from kdhiera.teachers.build import build_teachers, check_teachers
 
 VERSIONED = ("torch", "timm", "transformers", "av", "decord", "pillow", "zarr", "numcodecs")
 
@@ -59,12 +59,17 @@ def featurizer_of(
         device: Where the teachers run.
         plan: Which units are kept; None takes the config's plan.
         keep_all: Keep every unit, whatever the plan says.
+
+    Raises:
+        UsageError: If a teacher cannot be had, or does not give what it should.
     """
     plan = plan or config.mask_plan
+    teachers = build_teachers(config, device=device)
+    check_teachers(config, teachers, device=device)
     return Featurizer(
         grid=config.clip.grid,
         plan=replace(plan, keep_all=True) if keep_all else plan,
-        teachers=build_teachers(config, device=device),
+        teachers=teachers,
         score_teacher=config.scores.teacher,
         score_source=config.scores.source,
         device=device,

@@ -49,6 +49,7 @@ from kdhiera.student.export import export
 from kdhiera.student.heads import HeadSpec, build_heads
 from kdhiera.student.hiera import Student, build, default_taps, depths_of
 from kdhiera.student.official import load_init, weights_sha256
+from kdhiera.teachers.build import warn_of_scores
 from kdhiera.training.batches import ClipSource
 from kdhiera.training.live import LIVE_ENCODING, LiveSource
 from kdhiera.training.loop import CHECKPOINTS, TrainSummary, check_resumable, num_steps, train
@@ -255,6 +256,7 @@ def open_source(config: RunConfig, snapshot: Snapshot | None) -> Iterator[Opened
     ) as sandbox:
         shards = index_shards(expand(config.data.shards))
         featurizer = featurizer_of(config, device=device)
+        warn_of_scores(config, featurizer.teachers)
         source = LiveSource(
             shards,
             video_extensions=config.data.video_extensions,

@@ -23,7 +23,7 @@ from kdhiera.errors import UsageError
 from kdhiera.stages.assemble import columns_of, versions
 from kdhiera.stages.extract_worker import BasisTask, PartTask
 from kdhiera.stores import open_store
-from kdhiera.teachers.build import build_teachers
+from kdhiera.teachers.build import build_teachers, check_teachers, warn_of_scores
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,11 @@ def identify(config: RunConfig) -> Identities:
     `precision: auto` means what a column was made with, or else what the hardware does.
     """
     config = _resolve_precisions(config)
-    teachers = build_teachers(config, device=torch.device("cpu"))
+    device = torch.device("cpu")
+    teachers = build_teachers(config, device=device)
+    if existing_cache(config) is None:  # none is made for teachers that cannot fill it
+        check_teachers(config, teachers, device=device, must_run=False)
+    warn_of_scores(config, teachers)
     columns = {
         column: column_identity(
             config,

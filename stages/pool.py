@@ -161,9 +161,8 @@ class _Actor:
         self._stop = threading.Event()
         self._counts = (0, 0)
         self._changed = time.monotonic()
-        self._extractor = PartExtractor(
-            RunConfig.model_validate_json(config_json), stop=self._stop, on_counts=self._count
-        )
+        self._config = RunConfig.model_validate_json(config_json)
+        self._extractor: PartExtractor | None = None
 
     def _count(self, rows: int, bad: int) -> None:
         self._counts = (rows, bad)
@@ -171,6 +170,8 @@ class _Actor:
 
     def run(self, task: Task) -> PartResult:
         self._changed = time.monotonic()
+        if self._extractor is None:  # Ray gives the caller a task's own errors, not __init__'s
+            self._extractor = PartExtractor(self._config, stop=self._stop, on_counts=self._count)
         return self._extractor.run(task)
 
     def counters(self) -> tuple[int, int, float]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdhiera.errors import UsageError
 from kdhiera.featurize import Featurizer
 from kdhiera.grid import Grid
 from kdhiera.masking import MaskPlan, PlannedMasks, Scope, Strategy
@@ -139,6 +140,53 @@ def test_scores_that_are_not_finite_never_train(clips: np.ndarray) -> None:
     assert np.isfinite(out.scores).all()
     for finite in out.finite.values():
         assert finite.tolist() == [False] + [True] * 6
+
+
+class Scoring(PlainTeacher):
+    """Gives the scores it is made with to the last clip of every batch."""
+
+    def __init__(self, scores: Tensor) -> None:
+        super().__init__()
+        self.scores = scores
+
+    def __call__(
+        self, clips: Tensor, layers: Sequence[str], score_source: str | None
+    ) -> TeacherOutput:
+        good = super().__call__(clips, layers, score_source)
+        assert good.scores is not None
+        good.scores[-1] = self.scores
+        return good
+
+
+def shares(*first: float) -> Tensor:
+    """Scores of a slot of 4 x 6 tokens that sum to 1 and begin with these."""
+    rest = (1 - sum(first)) / (24 - len(first))
+    return torch.tensor([*first, *[rest] * (24 - len(first))]).view(4, 6)
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        (shares(-0.5, 0.5), r"teacher plain gives negative scores \(-0.5\): they must be shares"),
+        (shares(-0.5, float("nan")), r"teacher plain gives negative scores \(-0.5\)"),
+        (2 * shares(), r"teacher plain gives scores that sum to 2 in a slot: .* divide them"),
+    ],
+)
+def test_scores_that_are_no_shares_stop_the_run(
+    clips: np.ndarray, scores: Tensor, words: str
+) -> None:
+    """Floored, negative ones would all be alike: masks would follow nothing."""
+    with pytest.raises(UsageError, match=words):
+        featurizer(Scoring(scores))(clips, uids=UIDS, view=0, layers=LAYERS)
+
+
+def test_a_slot_of_zeros_says_nothing_and_stops_nothing(clips: np.ndarray) -> None:
+    out = featurizer(Scoring(torch.zeros(4, 6)), batch_size=100)(
+        clips, uids=UIDS, view=0, layers=LAYERS
+    )
+    assert not out.scores[-1].any()
+    assert (out.units[-1] >= 0).any()
+    assert out.finite["plain", "place"].all()
 
 
 def test_keep_all_keeps_everything_in_order(clips: np.ndarray) -> None:

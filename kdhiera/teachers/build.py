@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 
 import torch
 
 from kdhiera.config import RunConfig, TeacherConfig
 from kdhiera.devices import resolve_precision
-from kdhiera.errors import UsageError
+from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.grid import Grid
 from kdhiera.teachers.base import Teacher
+from kdhiera.teachers.contract import check_output
 from kdhiera.teachers.lowlevel import build_lowlevel_teacher
 from kdhiera.teachers.module import build_module_teacher
 from kdhiera.teachers.scores import ScoreChoice
 from kdhiera.teachers.timm_image import build_timm_teacher
 from kdhiera.teachers.transformers_load import build_transformers_teacher
+
+logger = logging.getLogger(__name__)
 
 BUILDERS: Mapping[str, Callable[..., Teacher]] = {
     "timm": build_timm_teacher,
@@ -59,8 +63,7 @@ def build_teachers(config: RunConfig, *, device: torch.device) -> dict[str, Teac
     Raises:
         UsageError: See `build_teacher`.
     """
-    scores = config.scores
-    scoring = scores.teacher if scores.source != "uniform" else None
+    scores, scoring = config.scores, _scoring(config)
     choice = ScoreChoice(layer=scores.layer, heads=scores.heads)
     teachers = {}
     for name, teacher in config.teachers.items():
@@ -76,3 +79,75 @@ def build_teachers(config: RunConfig, *, device: torch.device) -> dict[str, Teac
     if scoring is not None:
         teachers[scoring].check((), scores.source)
     return teachers
+
+
+def check_teachers(
+    config: RunConfig,
+    teachers: Mapping[str, Teacher],
+    *,
+    device: torch.device,
+    must_run: bool = True,
+) -> None:
+    """Show black clips to the teachers of the user's own and check what they give.
+
+    The other kinds need none of it: the tests hold their code to the same contract.
+
+    Args:
+        config: The run.
+        teachers: Its teachers, running.
+        device: Where they run.
+        must_run: Whether this is where they will run; elsewhere a teacher may fail, for its
+            kernels may want another device.
+
+    Raises:
+        UsageError: If one fails, or does not give what `Teacher` promises.
+    """
+    grid = config.clip.grid
+    shape = (min(2, config.extract.batch_size), grid.num_frames, grid.height, grid.width, 3)
+    for name, settings in config.teachers.items():
+        if settings.kind != "module":
+            continue
+        who = f"teacher {name} ({settings.factory})"
+        source = config.scores.source if name == _scoring(config) else None
+        clips = torch.zeros(shape, dtype=torch.uint8, device=device)
+        try:
+            output = teachers[name](clips, settings.layers, source)
+        except Exception as error:  # code of the user's may raise anything
+            if not must_run:
+                logger.debug("%s cannot be tried on %s: %s", who, device, error)
+                continue
+            if isinstance(error, KdhieraError | torch.OutOfMemoryError):
+                raise
+            raise UsageError(
+                f"{who} fails on black clips ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]}): correct the factory"
+            ) from error
+        check_output(
+            output,
+            who=who,
+            clips=clips,
+            grid=grid,
+            layers=settings.layers,
+            scored=source is not None,
+        )
+
+
+def warn_of_scores(config: RunConfig, teachers: Mapping[str, Teacher]) -> None:
+    """Say so if scores come from a class token that nothing was asked of in training."""
+    scores = config.scores
+    if scores.source == "cls_attention" and _is_mae(teachers[scores.teacher].identity):
+        logger.warning(
+            "teacher %s: scores.source=cls_attention reads MAE's class token, which no objective "
+            "trains; scores.source=received_attention is the one for MAE",
+            scores.teacher,
+        )
+
+
+def _is_mae(identity: Mapping[str, object]) -> bool:
+    is_timms = identity.get("kind") == "timm" and str(identity["model"]).endswith(".mae")
+    return is_timms or identity.get("architecture") == "vit_mae"
+
+
+def _scoring(config: RunConfig) -> str | None:
+    """The teacher that gives scores, if one does."""
+    return config.scores.teacher if config.scores.source != "uniform" else None

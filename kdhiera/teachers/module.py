@@ -16,6 +16,8 @@ from kdhiera.grid import Grid
 from kdhiera.teachers.base import Teacher
 from kdhiera.teachers.scores import ScoreChoice
 
+_MEMBERS = ("identity", "weights_sha256", "check", "__call__")
+
 
 def build_module_teacher(
     config: TeacherConfig,
@@ -35,7 +37,8 @@ def build_module_teacher(
         choice: What scores are read from, passed on where the run's `scores` sets it.
 
     Raises:
-        UsageError: If the factory cannot be imported or refuses its options.
+        UsageError: If the factory cannot be imported, refuses its options or gives no
+            `Teacher`.
     """
     reference = str(config.factory)
     module_name, found, function = reference.partition(":")
@@ -53,7 +56,7 @@ def build_module_teacher(
     if config.weights is not None:
         options["weights"] = config.weights
     try:
-        teacher: Teacher = factory(grid=grid, device=device, dtype=dtype, **options)
+        teacher = factory(grid=grid, device=device, dtype=dtype, **options)
     except KdhieraError:
         raise
     except Exception as error:
@@ -61,6 +64,12 @@ def build_module_teacher(
             f"teacher factory {reference!r} failed with its options "
             f"({type(error).__name__}: {error}): correct `options` or the factory"
         ) from error
+    if not isinstance(teacher, Teacher):
+        lacks = [name for name in _MEMBERS if not hasattr(teacher, name)]
+        raise UsageError(
+            f"teacher <name>: the factory {reference!r} returned {type(teacher).__name__}, which "
+            f"lacks {', '.join(lacks)}: return a teacher (kdhiera.teachers.base.Teacher)"
+        )
     return teacher
 
 

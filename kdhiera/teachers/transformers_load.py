@@ -218,6 +218,11 @@ def _settings(
             f"{', '.join(ARCHITECTURES)} (set `model` to one of these where the weights have no "
             "config.json); for others use kind: timm or kind: module"
         )
+    if config.model in ARCHITECTURES and config.model != kind:
+        raise UsageError(
+            f"{config.weights} holds weights of {kind}, but teachers.<name>.model is "
+            f"{config.model}: name the weights' own model"
+        )
     architecture = ARCHITECTURES[kind]
     make = getattr(library, architecture.config)
     known = {*make().to_dict(), "qkv_bias"} - {"out_features", "out_indices", "stage_names"}

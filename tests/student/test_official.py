@@ -94,24 +94,6 @@ def test_outputs_equal_the_original_implementations(
     torch.testing.assert_close(ours.features(clips), pooled, **tolerance)
 
 
-@pytest.mark.parametrize("q_pool", [2, 3])
-@torch.no_grad()
-def test_noise_where_nothing_is_shown_changes_no_bit(checkpoint: Path, q_pool: int) -> None:
-    ours = student(checkpoint, q_pool=q_pool)
-    clips, units = original.clips(), torch.tensor(UNITS)
-    noise = torch.randint_like(clips, 0, 256)
-    shown = torch.zeros(2, GRID.num_units, dtype=torch.bool).scatter(1, units, True)
-    cubes = torch.where(
-        shown[:, :, None, None, None, None],
-        GRID.frames_to_units(clips),
-        GRID.frames_to_units(noise),
-    )
-    noisy = GRID.units_to_frames(cubes)
-    assert not torch.equal(noisy, clips)
-    before, after = ours(visible(clips), units), ours(visible(noisy), units)
-    assert all(torch.equal(before[tap], after[tap]) for tap in STAGES)
-
-
 @pytest.mark.parametrize("size", original.VIDEO_SIZES)
 def test_names_and_shapes_are_the_official_checkpoints(
     names: dict[str, dict[str, list[int]]], size: str

@@ -1,12 +1,21 @@
 """Scores from queries, keys and features, against naive loops."""
 
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import TIMM_FAMILIES, timm_teacher
+from test_transformers_vit import library_model, save, teacher_of
 
+from kdhiera.config import RunConfig
 from kdhiera.errors import UsageError
 from kdhiera.teachers import attention
+from kdhiera.teachers.build import warn_of_scores
 from kdhiera.teachers.scores import (
     ScoreChoice,
     attention_scores,
@@ -95,3 +104,41 @@ def test_a_choice_names_what_was_chosen():
     assert ScoreChoice().as_options() == {}
     chosen = ScoreChoice(layer="9", heads=(0, 3)).as_options()
     assert chosen == {"score_layer": "9", "score_heads": [0, 3]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "source", "warned"),
+    [
+        ("timm", "mae", "cls_attention", True),
+        ("timm", "mae", "received_attention", False),
+        ("timm", "dino", "cls_attention", False),
+        ("transformers", "vit_mae", "cls_attention", True),
+        ("transformers", "vit", "cls_attention", False),
+    ],
+)
+def test_maes_class_token_is_warned_of(
+    kind: str,
+    model: str,
+    source: str,
+    warned: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+):
+    own = {"kind": "module", "factory": "a:b", "layers": [1]}
+    values: dict[str, Any] = {
+        "name": "x",
+        "run_dir": "x",
+        "data": {"shards": "x.tar"},
+        "teachers": {"eyes": own, "other": own},
+        "scores": {"teacher": "eyes", "source": source},
+        "cache": {"dir": "x"},
+    }
+    mae = timm_teacher(TIMM_FAMILIES["mae"], tmp_path)
+    if kind == "timm":
+        teacher = timm_teacher(TIMM_FAMILIES[model], tmp_path)
+    else:
+        teacher = teacher_of(save(library_model(model), tmp_path / model))
+    with caplog.at_level(logging.WARNING):
+        warn_of_scores(RunConfig.model_validate(values), {"eyes": teacher, "other": mae})
+    words = "teacher eyes: .*MAE's class token.*scores.source=received_attention"
+    assert [bool(re.search(words, r.getMessage())) for r in caplog.records] == [True] * warned

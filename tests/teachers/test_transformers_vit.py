@@ -300,6 +300,18 @@ def test_what_does_not_fit_is_one_sentence(changes: Any, words: str, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_model_that_the_weights_are_not_of_is_refused(beside: bool, tmp_path: Path):
+    folder = save(library_model("vjepa2"), tmp_path)
+    weights = folder / "model.safetensors" if beside else folder
+    with pytest.raises(UsageError, match=r"holds weights of vjepa2, but .*model is videomae: name"):
+        teacher_of(weights, model="videomae")
+    assert teacher_of(weights, model="vjepa2").identity["model"] == "vjepa2"
+    named = teacher_of(weights, model="facebook/vjepa2-vitl-fpc64-256")  # then only a name
+    assert named.identity["model"] == "facebook/vjepa2-vitl-fpc64-256"
+    assert named.identity["architecture"] == "vjepa2"
+
+
 def test_unknown_models_are_named(tmp_path: Path):
     folder = save(library_model("dinov2"), tmp_path)
     write_json(folder / "config.json", {"model_type": "swin"})
