@@ -16,6 +16,7 @@ from kdhiera.stages.assemble import columns_of
 
 MakeConfig = Callable[..., Path]
 Member = tuple[str, bytes]
+COMMAND = (sys.executable, "-c", "from kdhiera.cli import main; main()")
 
 
 def write_tar(path: Path, members: Iterable[Member]) -> Path:
@@ -36,9 +37,8 @@ def kdhiera(
     *arguments: object, cwd: Path | None = None, timeout: float = 280
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does."""
-    command = [sys.executable, "-c", "from kdhiera.cli import main; main()"]
     return subprocess.run(
-        [*command, *map(str, arguments)],
+        [*COMMAND, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,

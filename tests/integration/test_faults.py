@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from real_runs import MakeConfig, Member, contents, kdhiera, write_tar
+from real_runs import COMMAND, MakeConfig, Member, contents, kdhiera, write_tar
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.reader import CacheReader
@@ -22,6 +21,7 @@ from kdhiera.config import RunConfig, load
 from kdhiera.errors import BadDataError, IncompleteError, MismatchError
 from kdhiera.progress import Progress, make_progress
 from kdhiera.stages.assemble import columns_of
+from kdhiera.stages.distill import distill
 from kdhiera.stages.extract_teachers import extract
 from kdhiera.views import RowStatus
 
@@ -36,21 +36,21 @@ def progress() -> Progress:
 
 
 def test_an_extraction_killed_at_random_resumes_to_the_same_content(
-    make_config: MakeConfig, progress: Progress, tmp_path: Path
+    make_config: MakeConfig, usual_cache: Path, tmp_path: Path
 ) -> None:
     """SIGKILL of driver and children at random instants, until it gets through."""
-    calm = load(make_config("calm", cache={"dir": str(tmp_path / "calm-cache")}))
-    extract(calm, progress=progress)
+    calm = load(make_config("calm", cache={"dir": str(usual_cache)}))
     path = make_config("wild", cache={"dir": str(tmp_path / "wild-cache")})
-    code = "from kdhiera.cli import main; main()"
-    command = [sys.executable, "-c", code, "extract-teachers", str(path)]
     rng = random.Random(0)
     parts = tmp_path / "wild-cache" / "parts"
     killed = 0
     for _ in range(4):
         before = len(list(parts.rglob("attempt.json")))
         process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            [*COMMAND, "extract-teachers", str(path)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         while len(list(parts.rglob("attempt.json"))) == before and process.poll() is None:
             time.sleep(0.01)
@@ -61,7 +61,7 @@ def test_an_extraction_killed_at_random_resumes_to_the_same_content(
         os.killpg(process.pid, signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
     assert killed
-    subprocess.run(command, check=True, capture_output=True, timeout=250)
+    assert kdhiera("extract-teachers", path).returncode == 0
     assert contents(load(path)) == contents(calm)
 
 
@@ -142,45 +142,43 @@ def test_a_broken_shard_is_reported_and_the_others_are_done(
     assert any("shard_truncated" in p for found in problems for p in found)
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_another_configuration_is_refused_with_the_fields_that_differ(
-    make_config: MakeConfig,
+    make_config: MakeConfig, progress: Progress
 ) -> None:
-    done = kdhiera("extract-teachers", make_config("one"))
-    assert done.returncode == 0, done.stderr
-    for change, field in (
-        ({"views": {"seed": 5}}, "views.seed"),
-        ({"clip": {"height": 96}}, "clip.height"),
-    ):
-        other = make_config("other", **change)
-        done = kdhiera("extract-teachers", other)
-        assert done.returncode == 3, done.stderr
-        assert field in done.stderr
-        assert "cache has" in done.stderr
-        assert kdhiera("distill", other).returncode == 3
+    done = kdhiera("extract-teachers", make_config("other", views={"seed": 5}))
+    assert done.returncode == 3, done.stderr
+    assert "views.seed" in done.stderr
+    assert "cache has" in done.stderr
+    other = load(make_config("other", clip={"height": 96}))
+    for stage in (extract, distill):
+        with pytest.raises(MismatchError, match=r"clip\.height"):
+            stage(other, progress=progress)
 
 
-def test_masks_that_are_not_covered_are_refused_before_training(make_config: MakeConfig) -> None:
-    assert kdhiera("extract-teachers", make_config("base")).returncode == 0
-    for change, code, words in (
-        ({"objective": {"strategy": "tube"}}, 3, "strategy tube (planned: attention)"),
-        ({"objective": {"ratio": 0.3}}, 3, "attention at ratio 0.3"),
-        ({"masks": {"strategies": ["tube"]}, "objective": {"strategy": "tube"}}, 3, "It keeps"),
+@pytest.mark.usefixtures("own_cache")
+def test_masks_that_are_not_covered_are_refused_before_training(
+    make_config: MakeConfig, progress: Progress
+) -> None:
+    done = kdhiera("distill", make_config("greedy", objective={"strategy": "tube"}))
+    assert done.returncode == 3, done.stderr
+    assert "strategy tube (planned: attention)" in done.stderr
+    for change, words in (
+        ({"objective": {"ratio": 0.3}}, r"attention at ratio 0\.3"),
+        ({"masks": {"strategies": ["tube"]}, "objective": {"strategy": "tube"}}, "It keeps"),
     ):
-        done = kdhiera("distill", make_config("greedy", **change))
-        assert done.returncode == code, done.stderr
-        assert words in done.stderr
+        with pytest.raises(MismatchError, match=words):
+            distill(load(make_config("greedy", **change)), progress=progress)
     assert not (make_config("greedy").parent / "run-greedy").exists()
 
 
 def test_training_uses_the_shards_that_the_config_names(
-    make_run: MakeRun, shards: list[Path], progress: Progress
+    shards: list[Path], own_cache: Path
 ) -> None:
     """Also when they are gone; a wrong shard that was dropped from the config is forgotten."""
     from kdhiera.cache.expected import expect_shard, expected_shards
 
-    config = make_run("both")
-    extract(config, progress=progress)
-    cache = Cache.open(Path(config.cache.dir))
+    cache = Cache.open(own_cache)
     expect_shard(cache, "wrong-0123456789ab", path="/data/wrong.tar")
     both = expected_shards(cache, [str(s) for s in shards])
     assert len(both) == 2
@@ -193,34 +191,28 @@ def test_training_uses_the_shards_that_the_config_names(
 
 
 def test_an_interrupted_extraction_leaves_training_refusing(
-    make_run: MakeRun, progress: Progress
+    make_run: MakeRun, own_cache: Path, shards: list[Path], progress: Progress
 ) -> None:
     """A planned shard that was never reached is missed, not ignored."""
     from kdhiera.cache.expected import expect_shard
-    from kdhiera.stages.distill import distill
 
-    config = make_run("partial")
-    extract(config, progress=progress)
-    (known, _) = config.data.shards
-    never = Path(known).with_name("never.tar")
-    expect_shard(Cache.open(Path(config.cache.dir)), "never-0123456789ab", path=str(never))
-    config = make_run("partial", data={"shards": [*config.data.shards, str(never)]})
+    never = shards[0].with_name("never.tar")
+    expect_shard(Cache.open(own_cache), "never-0123456789ab", path=str(never))
+    config = make_run("partial", data={"shards": [*map(str, shards), str(never)]})
     with pytest.raises(MismatchError, match="never-0123456789ab"):
         distill(config, progress=progress)
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_sigterm_stops_training_with_a_checkpoint_and_the_losses_go_on(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     from kdhiera.training.metrics import read_metrics
 
-    path = make_config("calm", train={"epochs": 20})
-    assert kdhiera("extract-teachers", path).returncode == 0
-    assert kdhiera("distill", path).returncode == 0
+    assert kdhiera("distill", make_config("calm", train={"epochs": 20})).returncode == 0
     stopped = make_config("stopped", train={"epochs": 20})
-    code = "from kdhiera.cli import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "distill", str(stopped)],
+        [*COMMAND, "distill", str(stopped)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -242,11 +234,11 @@ def test_sigterm_stops_training_with_a_checkpoint_and_the_losses_go_on(
     assert calm == wild
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_two_processes_may_not_train_in_one_folder(make_config: MakeConfig, tmp_path: Path) -> None:
     from filelock import FileLock
 
     path = make_config("locked")
-    assert kdhiera("extract-teachers", path).returncode == 0
     folder = tmp_path / "run-locked"
     folder.mkdir()
     with FileLock(folder / ".lock"):
@@ -307,14 +299,9 @@ def build(*, grid, device, dtype):
 """
 
 
-def test_the_labels_travel_into_the_cache(make_run: MakeRun, progress: Progress) -> None:
-    config = make_run("labels", views={"num": 1})
-    extract(config, progress=progress)
-    reader = CacheReader(
-        Cache.open(Path(config.cache.dir)), num_views=1, columns=tuple(columns_of(config))
-    )
-    (shard, _) = config.data.shards
-    with tarfile.open(shard) as tar:
+def test_the_labels_travel_into_the_cache(usual_cache: Path, shards: list[Path]) -> None:
+    reader = CacheReader(Cache.open(usual_cache), num_views=2, columns=())
+    with tarfile.open(shards[0]) as tar:
         member = next(m for m in tar if m.name.endswith(".json"))
         content = tar.extractfile(member)
         assert content is not None
