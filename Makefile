@@ -20,7 +20,7 @@ type: install
 	$(BIN)/mypy
 
 test: install ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 pipeline: install ## demo data, extract, distill, evaluate, report
 	$(BIN)/python -m kdhiera.pipelines.demo

@@ -33,12 +33,12 @@ def losses(config: RunConfig) -> list[float]:
     return [line["loss"] for line in read_metrics(Path(config.run_dir))]
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_cached_fp32_and_live_give_the_same_losses(make_run: MakeRun, progress: Progress) -> None:
     steps = {"epochs": 7, "max_steps": 20}
     base = make_run("cached")
     train = base.train.model_dump(mode="json") | steps
     cached = make_run("cached", train=train)
-    extract(cached, progress=progress)
     distill(cached, progress=progress)
     live = make_run("live", train=train, cache={"mode": "live"})
     distill(live, progress=progress)
@@ -47,10 +47,10 @@ def test_cached_fp32_and_live_give_the_same_losses(make_run: MakeRun, progress: 
     assert losses(cached)[-1] < losses(cached)[0]
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_int8_stays_within_its_bound_of_fp32(make_run: MakeRun, progress: Progress) -> None:
     """Real features: error energy after layer norm at most 5e-4, and close losses."""
     exact = make_run("exact")
-    extract(exact, progress=progress)
     coarse = make_run("coarse", cache={"encoding": "int8"})
     extract(coarse, progress=progress)  # more columns in the same cache: rows are replayed
     cache = Cache.open(Path(exact.cache.dir))
@@ -117,12 +117,10 @@ def test_training_reads_the_cache_alone(
 
 
 def test_plain_zarr_and_tensorstore_read_what_the_reader_reads(
-    make_run: MakeRun, progress: Progress
+    make_run: MakeRun, usual_cache: Path
 ) -> None:
-    config = make_run("plain")
-    extract(config, progress=progress)
-    cache = Cache.open(Path(config.cache.dir))
-    columns = tuple(columns_of(config))
+    cache = Cache.open(usual_cache)
+    columns = tuple(columns_of(make_run("plain")))
     reader = CacheReader(cache, num_views=2, columns=columns)
     part = min(p for p in cache.commits() if p.view == 1)
     found = cache.part_commits(part)
@@ -144,7 +142,7 @@ def test_plain_zarr_and_tensorstore_read_what_the_reader_reads(
         assert np.array_equal(other, expected), name
 
 
-def test_kept_pixels_are_those_of_the_replayed_clip(make_run: MakeRun, progress: Progress) -> None:
+def test_kept_pixels_are_those_of_the_replayed_clip(make_run: MakeRun, usual_cache: Path) -> None:
     """Rows record what replays them: PyAV or decord give the stored bytes again."""
     from kdhiera.cache.reader import read_base
     from kdhiera.data.clip import Clip, ClipRequest
@@ -154,8 +152,7 @@ def test_kept_pixels_are_those_of_the_replayed_clip(make_run: MakeRun, progress:
     from kdhiera.stages.assemble import decode_limits
 
     config = make_run("replay")
-    extract(config, progress=progress)
-    cache = Cache.open(Path(config.cache.dir))
+    cache = Cache.open(usual_cache)
     index = index_shard(expand(config.data.shards)[0])
     found = cache.part_commits(PartId(shard_id=index.shard_id, view=0))
     assert found is not None

@@ -143,11 +143,11 @@ def test_the_plan_says_what_is_missing_and_a_dry_run_writes_nothing(
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")} == before
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_a_basis_is_made_once_and_compact_rows_stay_within_their_bound(
     make_run: MakeRun, progress: Progress
 ) -> None:
     exact = make_run("exact")
-    extract(exact, progress=progress)
     compact = make_run(
         "compact",
         cache={"encoding": "compact"},

@@ -43,20 +43,10 @@ def progress() -> Iterator[Progress]:
         yield made
 
 
-@pytest.fixture(scope="module")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the one real extraction of this file is kept."""
-    return tmp_path_factory.mktemp("once")
-
-
 @pytest.fixture
-def run(
-    once: Path, make_config: MakeConfig, make_run: MakeRun, tmp_path: Path, progress: Progress
-) -> RunConfig:
+def run(make_config: MakeConfig, own_cache: Path) -> RunConfig:
     """A run with a finished cache of its own: two shards of twelve clips in two views."""
-    if not (once / "cache").exists():
-        extract(make_run("once", cache={"dir": str(once / "cache")}), progress=progress)
-    shutil.copytree(once / "cache", tmp_path / "cache")
+    assert own_cache.is_dir()
     return load(make_config("run"))
 
 

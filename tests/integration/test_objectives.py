@@ -17,7 +17,6 @@ from kdhiera.progress import Progress, make_progress
 from kdhiera.stages.assemble import columns_of
 from kdhiera.stages.distill import distill, open_cache, student_of
 from kdhiera.stages.export import export_original
-from kdhiera.stages.extract_teachers import extract
 from kdhiera.stages.statistics import calibration_reads
 from kdhiera.student.export import load_exported
 from kdhiera.training import checkpoint
@@ -42,10 +41,10 @@ def kept_tokens(config: RunConfig, column: str) -> np.ndarray:
     return np.concatenate(found).astype(np.float64)
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_phi_s_turns_what_the_cache_keeps(make_run: MakeRun, progress: Progress) -> None:
     objective = {"normalise": "phi_s", "layers": {"image": [6, 12]}, "teachers": ["image"]}
     config = make_run("phi", objective=objective, train={"max_steps": 3})
-    extract(config, progress=progress)
     statistics = open_cache(config).statistics
     for column, key in columns_of(config).items():
         if key[0] != "image":
@@ -76,6 +75,7 @@ def mean_smooth_l1(tokens: np.ndarray, statistics: PhiS) -> float:
     return float(np.where(far < 1, far**2 / 2, far - 0.5).mean())
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_every_option_of_the_method_trains(make_run: MakeRun, progress: Progress) -> None:
     """At once: finer taps, mixed and read by MLPs, layer weights, dropped teachers, UNIC's loss."""
     config = make_run(
@@ -94,7 +94,6 @@ def test_every_option_of_the_method_trains(make_run: MakeRun, progress: Progress
         },
         train={"max_steps": 30, "lr": 0.05, "grad_checkpointing": True},
     )
-    extract(config, progress=progress)
     distill(config, progress=progress)
     lines = read_metrics(Path(config.run_dir))
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]

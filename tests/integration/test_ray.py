@@ -42,12 +42,9 @@ def actors(pid: int) -> list[int]:
 
 
 def test_an_actor_that_is_killed_is_replaced_and_nothing_is_lost(
-    make_config: MakeConfig, tmp_path: Path
+    make_config: MakeConfig, usual_cache: Path, tmp_path: Path
 ) -> None:
-    calm = make_config("calm", cache={"dir": str(tmp_path / "calm")})
-    subprocess.run(
-        [sys.executable, "-c", CLI, "extract-teachers", str(calm)], check=True, timeout=250
-    )
+    calm = make_config("calm", cache={"dir": str(usual_cache)})
     path = make_config("wild", cache={"dir": str(tmp_path / "wild")}, ray={"enabled": True})
     process = subprocess.Popen(
         [sys.executable, "-c", CLI, "extract-teachers", str(path), "extract.num_actors=1"],

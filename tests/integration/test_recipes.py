@@ -38,7 +38,7 @@ def reduced(path: Path, shard: Path, caches: Path, demo: Prepared) -> list[str]:
     overrides = [
         f"data.shards=[{shard}]",
         "clip={num_frames: 4, height: 32, width: 64}",
-        "views={num: 1, frames: dense, frame_stride: 2, crop: center}",
+        f"views={{num: 1, frames: {config.views.frames}, frame_stride: 2, crop: center}}",
         "masks.draws=1",
         f"cache.dir={caches / Path(config.cache.dir).name}",
         f"run_dir={caches / 'runs' / config.name}",
