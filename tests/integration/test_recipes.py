@@ -54,6 +54,7 @@ def reduced(path: Path, shard: Path, caches: Path, demo: Prepared) -> list[str]:
         "train.device=cpu",
         "train.num_threads=1",
         "train.log_every=50",
+        f"train.save_every={STEPS}",
     ]
     for name, teacher in config.teachers.items():
         if teacher.kind in ("timm", "transformers") and name == "image":
