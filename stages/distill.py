@@ -58,6 +58,10 @@ from kdhiera.training.step import Predictor
 logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 128  # neighbours kept together in the sample order: one Zarr shard
+FREE_SETTINGS = (  # of `train`: they do not decide the weights that come out
+    "device", "log_every", "save_every", "keep_last", "prefetch", "num_threads",
+    "grad_checkpointing",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +154,26 @@ def distill(
     )
 
 
+def preflight(config: RunConfig) -> int:
+    """Steps of a run, after all that can be refused before training was asked for.
+
+    With live teachers the clips are counted, not decoded.
+
+    Raises:
+        UsageError, MismatchError: As `distill` does.
+    """
+    if config.cache.mode == "live":
+        _check_live(config)
+        shards = index_shards(expand(config.data.shards))
+        steps = num_steps(config.train, sum(len(shard.samples) for shard in shards))
+    else:
+        opened = open_cache(config)
+        student_of(config, opened)
+        steps = num_steps(config.train, opened.source.num_samples)
+    _check_phases(config, steps)
+    return steps
+
+
 def _check_phases(config: RunConfig, steps: int) -> None:
     ratios = len(config.mask_schedule.phases)
     if ratios > steps:
@@ -240,15 +264,8 @@ def open_source(config: RunConfig, snapshot: Snapshot | None) -> Iterator[Opened
     if config.cache.mode == "cached":
         yield open_cache(config, snapshot=snapshot)
         return
-    gaps = config.plan_gaps()
-    if gaps:
-        raise UsageError(f"objective asks for what `masks` does not plan: {'; '.join(gaps)}")
+    _check_live(config)
     layers = config.objective_layers
-    if config.objective.normalise in NEEDS_STATISTICS:
-        raise UsageError(
-            f"objective.normalise={config.objective.normalise} needs the statistics of a cache: "
-            "with cache.mode=live use layer_norm, l2 or none"
-        )
     device = resolve_device(config.train.device)
     with Sandbox(
         decode_limits(config.decode),
@@ -290,6 +307,18 @@ def open_source(config: RunConfig, snapshot: Snapshot | None) -> Iterator[Opened
             widths=source.widths,
             codecs={k: make_codec(LIVE_ENCODING, width=w) for k, w in source.widths.items()},
             statistics={},
+        )
+
+
+def _check_live(config: RunConfig) -> None:
+    """What live teachers cannot give."""
+    gaps = config.plan_gaps()
+    if gaps:
+        raise UsageError(f"objective asks for what `masks` does not plan: {'; '.join(gaps)}")
+    if config.objective.normalise in NEEDS_STATISTICS:
+        raise UsageError(
+            f"objective.normalise={config.objective.normalise} needs the statistics of a cache: "
+            "with cache.mode=live use layer_norm, l2 or none"
         )
 
 
@@ -432,15 +461,13 @@ def _head(student: Student, spec: TargetSpec, config: StudentConfig) -> HeadSpec
 
 def _identity(config: RunConfig, opened: Opened) -> dict[str, Any]:
     """What decides the weights that come out; paths, devices, memory and logging do not."""
-    free = {"device", "log_every", "save_every", "keep_last", "prefetch", "num_threads"}
-    free.add("grad_checkpointing")
     init = config.student.init
     identity = {
         "clip": config.clip.model_dump(mode="json"),
         "student": config.student.model_dump(mode="json", exclude={"init"}),
         "init": None if init is None else weights_sha256(init),
         "objective": config.objective.model_dump(mode="json"),
-        "train": config.train.model_dump(mode="json", exclude=free),
+        "train": config.train.model_dump(mode="json", exclude=set(FREE_SETTINGS)),
         "masks": asdict(config.mask_schedule),
         "views": config.views.num,
         "weights": {name: teacher.weight for name, teacher in config.teachers.items()},

@@ -150,3 +150,41 @@ def export(
 
     assert to is Form.HIERA
     typer.echo(str(export_original(run, out)))
+
+
+@command(
+    "ablate",
+    "kdhiera ablate configs/ablations/demo.yaml --dry-run",
+    "kdhiera ablate configs/ablations/demo.yaml",
+    "kdhiera ablate configs/ablations/demo.yaml seeds=[0,1,2] overrides.train.epochs=20",
+    to=run_app,
+)
+def ablate(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The ablation's YAML file.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all variants, print the plan and stop.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew over runs of other settings.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train and evaluate many variants over one cache; one table, plots and a report.
+
+    All variants are checked against the cache before the first starts. Stopped or killed, the
+    same command goes on; finished runs are not run again, and a failed one stops no other.
+    """
+    from kdhiera.pipelines.ablate import ablate as run_ablation
+    from kdhiera.progress import make_progress
+
+    with make_progress() as progress:
+        summary = run_ablation(
+            config,
+            overrides or (),
+            progress=progress,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            on_plan=lambda plan: typer.echo(plan.describe(), err=as_json),
+        )
+    emit(summary, summary.describe, as_json)
