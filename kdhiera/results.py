@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from jaxtyping import Bool
 from pydantic import TypeAdapter, ValidationError
 
 from kdhiera.errors import DamagedError
+from kdhiera.storage import atomic_file
 
 T = TypeVar("T")
 
@@ -37,9 +43,14 @@ class Result:
         features: Whose features, such as `distilled student`.
         readout: How a clip's features became one vector, such as `mean` or `slots`.
         method: What predicted from it, such as `k-NN` or `linear probe`.
-        accuracy: Share of test clips predicted rightly, 0..1.
+        accuracy: Share of test clips predicted rightly, 0..1; mean over seeds.
+        top5: Share whose class is among the five of highest score; None where there are no
+            more than five classes.
         chance: Accuracy that guessing reaches.
         num_clips: Test clips.
+        labels_per_class: Training clips of each class that were learnt from; None means all.
+        num_seeds: Times that it was measured; 1 where no seed changes it.
+        std: Standard deviation (n - 1) of the accuracy over the seeds; None for one seed.
     """
 
     label: str
@@ -47,8 +58,12 @@ class Result:
     readout: str
     method: str
     accuracy: Interval
+    top5: Interval | None = None
     chance: float
     num_clips: int
+    labels_per_class: int | None = None
+    num_seeds: int = 1
+    std: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +78,7 @@ class Comparison:
         method: What predicted from it.
         difference: Accuracy of `features` minus accuracy of `baseline`.
         num_clips: Test clips.
+        labels_per_class: Training clips of each class that both learnt from; None means all.
     """
 
     label: str
@@ -72,6 +88,123 @@ class Comparison:
     method: str
     difference: Interval
     num_clips: int
+    labels_per_class: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """What was measured: a key.
+
+    Args:
+        label: What is predicted.
+        features: Whose features, or which model was trained.
+        readout: How a clip's features became one vector.
+        method: What predicted from it.
+        labels_per_class: Training clips of each class that were learnt from; None means all.
+    """
+
+    label: str
+    features: str
+    readout: str
+    method: str
+    labels_per_class: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassCount:
+    """How often the test clips of a class were classified rightly.
+
+    Args:
+        name: The label's value.
+        correct: Clips classified rightly, summed over seeds.
+        total: Clips, times seeds.
+    """
+
+    name: str
+    correct: int
+    total: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the clips that were right."""
+        return self.correct / self.total
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerClass:
+    """Accuracy class by class; classes without test clips are left out.
+
+    Args:
+        measure: What was measured.
+        num_seeds: Times that it was measured; counts are sums over these.
+        classes: In the order of their names.
+    """
+
+    measure: Measure
+    num_seeds: int
+    classes: tuple[ClassCount, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcomes:
+    """Which test clips were classified right: what paired comparisons between runs need.
+
+    Args:
+        uids: Test clips.
+        groups: By group label, its value of every clip.
+        known: By label, whether training showed the clip's value; other clips count for
+            nothing.
+        right: By measure and seed, in the order of the seeds; False where not known.
+        validation: Accuracy on the validation split, mean over seeds.
+    """
+
+    uids: tuple[str, ...]
+    groups: Mapping[str, tuple[str, ...]]
+    known: Mapping[str, Bool[np.ndarray, " n"]]
+    right: Mapping[Measure, Bool[np.ndarray, "seeds n"]]
+    validation: Mapping[Measure, float]
+
+
+def save_outcomes(path: Path, outcomes: Outcomes) -> None:
+    """Write outcomes as one npz file, whole or not at all."""
+    facts = {
+        "uids": outcomes.uids,
+        "groups": {name: list(values) for name, values in outcomes.groups.items()},
+        "known": list(outcomes.known),
+        "measures": [asdict(m) | {"validation": outcomes.validation[m]} for m in outcomes.right],
+    }
+    arrays = {f"known{i}": known for i, known in enumerate(outcomes.known.values())}
+    arrays |= {f"right{i}": right for i, right in enumerate(outcomes.right.values())}
+    with atomic_file(path) as file:
+        np.savez_compressed(
+            file,
+            facts=np.frombuffer(json.dumps(facts).encode(), np.uint8),
+            **arrays,  # type: ignore[arg-type]
+        )
+
+
+def load_outcomes(path: Path) -> Outcomes:
+    """Outcomes from what `save_outcomes` wrote.
+
+    Raises:
+        DamagedError: If the file is missing or damaged.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            facts = json.loads(stored["facts"].tobytes())
+            validation = [values.pop("validation") for values in facts["measures"]]
+            measures = [Measure(**values) for values in facts["measures"]]
+            return Outcomes(
+                uids=tuple(facts["uids"]),
+                groups={name: tuple(values) for name, values in facts["groups"].items()},
+                known={name: stored[f"known{i}"] for i, name in enumerate(facts["known"])},
+                right={m: stored[f"right{i}"] for i, m in enumerate(measures)},
+                validation=dict(zip(measures, validation, strict=True)),
+            )
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise DamagedError(
+            f"{path} holds no outcomes of an evaluation ({type(error).__name__}): evaluate again"
+        ) from error
 
 
 def to_json(records: Iterable[Result | Comparison]) -> list[dict[str, Any]]:
@@ -106,3 +239,35 @@ def _from_json(adapter: TypeAdapter[T], values: object) -> T:
         raise DamagedError(
             f"these are no evaluation results: `{where}`: {first['msg']}; evaluate again"
         ) from None
+
+
+def per_class_to_json(tables: Iterable[PerClass]) -> list[dict[str, Any]]:
+    """Per-class tables as JSON values; `per_class_from_json` reads them back."""
+    return [
+        asdict(table.measure)
+        | {"num_seeds": table.num_seeds}
+        | {"classes": [asdict(row) | {"accuracy": row.accuracy} for row in table.classes]}
+        for table in tables
+    ]
+
+
+def per_class_from_json(values: Any) -> tuple[PerClass, ...]:
+    """Per-class tables from what `per_class_to_json` gave.
+
+    Raises:
+        DamagedError: If the values are not that.
+    """
+    if not isinstance(values, list) or not all(isinstance(v, dict) for v in values):
+        raise DamagedError("these are no per-class tables: evaluate again")
+    tables = [
+        {
+            "measure": {k: v for k, v in value.items() if k not in ("num_seeds", "classes")},
+            "num_seeds": value.get("num_seeds"),
+            "classes": [
+                {k: v for k, v in row.items() if k != "accuracy"}
+                for row in value.get("classes", ())
+            ],
+        }
+        for value in values
+    ]
+    return _from_json(TypeAdapter(tuple[PerClass, ...]), tables)

@@ -50,6 +50,10 @@ class ViewPolicy:
         flip: Whether every second view is mirrored.
         allow_short: Whether frames may repeat in a video shorter than the clip.
         seed: Any integer.
+        clips: Clips that `dense_center` spreads over the video, in the middles of as many
+            equal parts of its room.
+        crops: Crops that `center` spreads along the longer side, from edge to edge: 1 or 3.
+            View v shows clip `v // crops` through crop `v % crops`.
     """
 
     num_frames: int
@@ -63,6 +67,13 @@ class ViewPolicy:
     flip: bool
     allow_short: bool
     seed: int
+    clips: int = 1
+    crops: int = 1
+
+    @property
+    def num_spread(self) -> int:
+        """Views that show all clips through all crops."""
+        return self.clips * self.crops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +129,17 @@ def draw_view(
     """
     noise = stable_uniforms(policy.num_frames + 24, "view", policy.seed, uid, view)
     return ClipView(
-        frame_indices=_frame_indices(policy, num_frames, noise[: policy.num_frames]),
-        crop=_crop(policy, height, width, noise[policy.num_frames :]),
+        frame_indices=_frame_indices(policy, view, num_frames, noise[: policy.num_frames]),
+        crop=_crop(policy, view, height, width, noise[policy.num_frames :]),
         flip=policy.flip and view % 2 == 1,
     )
 
 
 def _frame_indices(
-    policy: ViewPolicy, num_frames: int, noise: np.ndarray[tuple[int], np.dtype[np.float64]]
+    policy: ViewPolicy,
+    view: int,
+    num_frames: int,
+    noise: np.ndarray[tuple[int], np.dtype[np.float64]],
 ) -> tuple[int, ...]:
     """Dense: the stride shrinks before frames repeat. Uniform: a random frame a segment."""
     wanted = policy.num_frames
@@ -149,12 +163,16 @@ def _frame_indices(
         return tuple(indices)
     stride = max(1, min(policy.frame_stride, (num_frames - 1) // max(1, wanted - 1)))
     room = num_frames - (wanted - 1) * stride
-    start = room // 2 if policy.frames is FramePolicy.DENSE_CENTER else int(noise[0] * room)
+    start = int(noise[0] * room)
+    if policy.frames is FramePolicy.DENSE_CENTER:
+        place = view // policy.crops % policy.clips
+        start = (2 * place + 1) * room // (2 * policy.clips)
     return tuple(start + i * stride for i in range(wanted))
 
 
 def _crop(
     policy: ViewPolicy,
+    view: int,
     height: int,
     width: int,
     noise: np.ndarray[tuple[int], np.dtype[np.float64]],
@@ -173,7 +191,11 @@ def _crop(
                 return y, x, h, w
     w = min(width, round(height * aspect))
     h = min(height, round(width / aspect))
-    return (height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1)
+    y, x = height - h, width - w
+    if policy.crop is CropPolicy.CENTER and policy.crops == 3:
+        place = view % policy.crops
+        return y * place // 2, x * place // 2, max(h, 1), max(w, 1)
+    return y // 2, x // 2, max(h, 1), max(w, 1)
 
 
 def _between(bounds: tuple[float, float], u: float) -> float:

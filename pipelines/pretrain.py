@@ -73,6 +73,7 @@ def pretrain(
         records=read_metrics(Path(config.run_dir)),
         results=evaluated.results if evaluated else (),
         comparisons=evaluated.comparisons if evaluated else (),
+        per_class=evaluated.per_class if evaluated else (),
         num_groups=evaluated.num_groups if evaluated else {},
         controls=checks,
         pictures=tuple(

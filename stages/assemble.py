@@ -77,14 +77,22 @@ def featurizer_of(
     )
 
 
-def exported_student(config: RunConfig, folder: Path) -> Student:
+def exported_student(
+    config: RunConfig, folder: Path, *, q_pool: int | None = None, drop_path: float | None = None
+) -> Student:
     """The run's exported student, if it is the one the config describes.
+
+    Args:
+        config: The run.
+        folder: Where it was exported to.
+        q_pool: See `load_exported`.
+        drop_path: See `load_exported`.
 
     Raises:
         UsageError: If there is none.
         MismatchError: If it was made for other clips or is of another size.
     """
-    student = load_exported(folder)
+    student = load_exported(folder, q_pool=q_pool, drop_path=drop_path)
     wanted = build(config.student, config.clip.grid, seed=0).state_dict()
     has = student.backbone.state_dict()
     same = {k: v.shape for k, v in has.items()} == {k: v.shape for k, v in wanted.items()}

@@ -1,55 +1,75 @@
-"""Stage 3: how good the frozen student is on held-out labelled clips.
+"""Stage 3: how good the student is on held-out labelled clips, frozen and fine-tuned.
 
-Beside it always stand the same student at random weights and the pooled teachers, so
-that a number means something. Clips are decoded once and every model sees the same ones.
+Beside it always stand the same student at random weights (frozen, or trained from scratch
+on the same budget) and the pooled teachers, so that a number means something. Clips are
+decoded once for all frozen models; whatever was computed before is not computed again.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int, UInt8
 
 from kdhiera.cache.fingerprint import fingerprint
 from kdhiera.config import EvaluateConfig, RunConfig
 from kdhiera.data.patterns import expand
-from kdhiera.data.sandbox import Sandbox
-from kdhiera.data.shards import ShardIndex, index_shards
+from kdhiera.data.shards import index_shards
 from kdhiera.devices import resolve_device
-from kdhiera.errors import UsageError
-from kdhiera.evaluation.bootstrap import bootstrap_difference, bootstrap_interval
-from kdhiera.evaluation.knn import knn_predict
-from kdhiera.evaluation.probe import linear_probe
-from kdhiera.featurize import Featurizer
+from kdhiera.errors import DamagedError, UsageError
+from kdhiera.evaluation.attentive import check_heads
+from kdhiera.evaluation.kept import Kept
+from kdhiera.evaluation.scores import Scored
 from kdhiera.progress import Progress
-from kdhiera.report.tables import percent, result_table, to_text
-from kdhiera.results import Comparison, Result, comparisons_from_json, results_from_json, to_json
-from kdhiera.stages.assemble import decode_limits, exported_student, featurizer_of
-from kdhiera.stages.clips import ClipBatch, clip_batches
-from kdhiera.storage import atomic_file, file_sha256, write_atomic
-from kdhiera.student.hiera import Student, build
-from kdhiera.views import CropPolicy, FramePolicy, ViewPolicy
+from kdhiera.report.tables import per_class_tables, percent, result_tables, to_text
+from kdhiera.results import (
+    Comparison,
+    PerClass,
+    Result,
+    comparisons_from_json,
+    load_outcomes,
+    per_class_from_json,
+    per_class_to_json,
+    results_from_json,
+    save_outcomes,
+    to_json,
+)
+from kdhiera.stages.assemble import exported_student
+from kdhiera.stages.findings import put_together
+from kdhiera.stages.frozen import Features, FrozenModel, FrozenStage
+from kdhiera.stages.jobs import Job, jobs
+from kdhiera.stages.labelled import (
+    SPLITS,
+    Shards,
+    Splits,
+    clips_identity,
+    evaluation_policy,
+    settings_of,
+    tasks,
+)
+from kdhiera.stages.models import (
+    RANDOM,
+    SCRATCH,
+    STUDENT,
+    frozen_models,
+    trained_models,
+    weights_identity,
+)
+from kdhiera.storage import atomic_file, file_sha256, make_folder, write_atomic
+
+__all__ = ["EvaluateSummary", "evaluate", "evaluation_policy"]
 
 logger = logging.getLogger(__name__)
 
-STUDENT = "distilled student"
-RANDOM = "random student"
-READOUTS = ("mean", "slots")
-SPLITS = ("train", "validation", "test")
-
-Features = dict[str, Float[np.ndarray, "b c"]]  # by readout
-Model = Callable[[UInt8[np.ndarray, "b f y x 3"]], Features]
+TEXT_WIDTH = 100
+SEEDS = "random seed"  # beside the groups that intervals are resampled over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,349 +79,169 @@ class EvaluateSummary:
     Args:
         results: Accuracies.
         comparisons: The student against its random twin, on the same clips.
+        per_class: Accuracy class by class, for every result.
         num_clips: Clips by split.
         num_groups: What intervals were resampled over.
         path: JSON file that holds all this.
-        features: npz file with the pooled features, `SPLIT|MODEL|READOUT`, and `SPLIT|uids`.
+        features: npz file with the pooled features, mean over the views of a clip:
+            `SPLIT|MODEL|READOUT`, and `SPLIT|uids`.
+        outcomes: npz file of `kdhiera.results.load_outcomes`: which clips were right.
     """
 
     results: tuple[Result, ...]
     comparisons: tuple[Comparison, ...]
+    per_class: tuple[PerClass, ...]
     num_clips: Mapping[str, int]
     num_groups: Mapping[str, int]
     path: str
     features: str
+    outcomes: str
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return asdict(self)
+        return asdict(self) | {"per_class": per_class_to_json(self.per_class)}
 
     def describe(self) -> str:
         """For people."""
-        lines = [to_text(result_table(self.results)), ""]
-        lines += [
-            f"{c.label}, {c.method} ({c.readout}): {c.features} minus {c.baseline} "
-            f"{percent(c.difference, signed=True)}"
+        blocks = [to_text(table) for table in result_tables(self.results, width=TEXT_WIDTH)]
+        blocks += [
+            f"{title}\n{to_text(table)}"
+            for title, table in per_class_tables(self.per_class, self.comparisons)
+        ]
+        lines = [
+            f"{c.label}, {c.method} ({c.readout}"
+            f"{f', {c.labels_per_class} labels a class' if c.labels_per_class else ''}): "
+            f"{c.features} minus {c.baseline} {percent(c.difference, signed=True)}"
             for c in self.comparisons
         ]
+        groups = " and ".join(f"{name} ({n})" for name, n in self.num_groups.items()) or "clip"
         clips = ", ".join(f"{n} {split}" for split, n in self.num_clips.items())
-        return "\n".join([*lines, "", f"clips: {clips}", f"saved: {self.path}"])
+        blocks.append("\n".join([*lines, ""]))
+        blocks.append(
+            f"In brackets: 95 % bootstrap intervals, resampled by {groups}\n"
+            f"clips: {clips}\nsaved: {self.path}"
+        )
+        return "\n".join(blocks)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Split:
-    uids: Sequence[str]
-    features: Mapping[str, Features]
-    labels: Sequence[Mapping[str, Any]]
-
-
-def evaluate(config: RunConfig, *, progress: Progress) -> EvaluateSummary:
+def evaluate(
+    config: RunConfig, *, progress: Progress, baselines: Path | None = None
+) -> EvaluateSummary:
     """Measure the run's exported student; the same evaluation is not done twice.
 
     Args:
         config: The run, with an `evaluate` section.
         progress: Where progress is shown.
+        baselines: Where features and scores of random students and teachers are kept, which
+            runs may share, also at once; None means `baselines/` in the run folder.
 
     Raises:
         UsageError: If there is no student yet, no evaluate section, no labelled clips.
     """
-    settings = _settings(config)
+    settings = settings_of(config)
     folder = Path(config.run_dir)
     export = folder / "export"
     if not (export / "model.safetensors").is_file():
         raise UsageError(
             f"no trained student in {export}: run `kdhiera distill` with this config first"
         )
-    path = folder / "evaluation.json"
+    student = exported_student(config, export, q_pool=settings.q_pool)
+    if "attentive" in settings.methods:
+        check_heads(student.num_features, settings.attentive.heads)
     shards = {name: index_shards(expand(getattr(settings, name))) for name in SPLITS}
     want = _fingerprint(config, settings, shards, export)
-    models = _models(config, export)
-    features = folder / "features.npz"
-    done = _earlier(path, features, want)
+    files = _Files(folder)
+    done = files.earlier(want)
     if done is not None:
-        logger.info("this student was evaluated before: results are those of %s", path)
+        logger.info("this student was evaluated before: results are those of %s", files.document)
         return done
-    splits = _read_splits(config, settings, shards, models, progress)
-    results, comparisons = [], []
-    for label in _labels(settings, splits):
-        found, compared = _measure(settings, splits, label)
-        results += found
-        comparisons += compared
+    own, others = Kept(folder / "measured"), Kept(baselines or folder / "baselines")
+    splits, features, scored = _measured(config, shards, export, own, others, progress)
+    found = put_together(settings, splits, scored, pairs={STUDENT: (RANDOM, SCRATCH)})
+    num_groups = {name: len(set(values)) for name, values in found.outcomes.groups.items()}
+    if len(settings.seeds) > 1:
+        num_groups[SEEDS] = len(settings.seeds)
     summary = EvaluateSummary(
-        results=tuple(results),
-        comparisons=tuple(comparisons),
-        num_clips={name: len(split.labels) for name, split in splits.items()},
-        num_groups={
-            g: len({str(row.get(g)) for row in splits["test"].labels}) for g in settings.groups
-        },
-        path=str(path),
-        features=str(features),
+        results=found.results,
+        comparisons=found.comparisons,
+        per_class=found.per_class,
+        num_clips={name: len(split.uids) for name, split in splits.items()},
+        num_groups=num_groups,
+        path=str(files.document),
+        features=str(files.features),
+        outcomes=str(files.outcomes),
     )
-    _save_features(features, splits)
-    document = {
-        "fingerprint": want,
-        "results": to_json(summary.results),
-        "comparisons": to_json(summary.comparisons),
-        "num_clips": summary.num_clips,
-        "num_groups": summary.num_groups,
-    }
-    write_atomic(path, (json.dumps(document, indent=1) + "\n").encode())
+    _save_features(files.features, splits, features)
+    save_outcomes(files.outcomes, found.outcomes)
+    files.save(summary, want)
     return summary
 
 
-def evaluation_policy(config: RunConfig) -> ViewPolicy:
-    """The middle of every video, whole frame: no randomness."""
-    stride = _settings(config).frame_stride
-    return ViewPolicy(
-        num_frames=config.clip.num_frames,
-        height=config.clip.height,
-        width=config.clip.width,
-        frames=FramePolicy.DENSE_CENTER,
-        frame_stride=stride,
-        crop=CropPolicy.CENTER,
-        crop_scale=(1.0, 1.0),
-        crop_ratio=(1.0, 1.0),
-        flip=False,
-        allow_short=config.views.allow_short,
-        seed=0,
-    )
-
-
-def _settings(config: RunConfig) -> EvaluateConfig:
-    if config.evaluate is None:
-        raise UsageError("the config has no `evaluate` section: name labelled shards there")
-    return config.evaluate
-
-
-def _models(config: RunConfig, export: Path) -> dict[str, Model]:
-    device = resolve_device(config.train.device)
-    grid = config.clip.grid
-    seed = _settings(config).seed
-    students = {
-        STUDENT: exported_student(config, export),
-        RANDOM: Student(build(config.student, grid, seed=seed), grid),
-    }
-    models: dict[str, Model] = {
-        name: _student_model(student.to(device).eval(), device)
-        for name, student in students.items()
-    }
-    featurizer = featurizer_of(config, device=device)
-    for name, teacher in config.teachers.items():
-        models[f"{name} teacher"] = _teacher_model(featurizer, name, teacher.layers[-1])
-    return models
-
-
-def _student_model(student: Student, device: torch.device) -> Model:
-    @torch.inference_mode()
-    def run(clips: UInt8[np.ndarray, "b f y x 3"]) -> Features:
-        tokens = student.dense(torch.from_numpy(clips).to(device))
-        return {
-            "mean": student.pool(tokens, "mean").float().cpu().numpy(),
-            "slots": student.pool(tokens, "slots").float().cpu().numpy(),
-        }
-
-    return run
-
-
-def _teacher_model(featurizer: Featurizer, name: str, layer: str) -> Model:
-    def run(clips: UInt8[np.ndarray, "b f y x 3"]) -> Features:
-        output = featurizer.teach(clips, layers={name: (layer,)}, with_scores=False)
-        tokens = output[name].features[layer].float()
-        return {
-            "mean": tokens.mean((1, 2, 3)).cpu().numpy(),
-            "slots": tokens.mean((2, 3)).flatten(1).cpu().numpy(),
-        }
-
-    return run
-
-
-def _read_splits(
+def _measured(
     config: RunConfig,
-    settings: EvaluateConfig,
-    indices: Mapping[str, Sequence[ShardIndex]],
-    models: Mapping[str, Model],
-    progress: Progress,
-) -> dict[str, _Split]:
-    total = sum(len(shard.samples) for shards in indices.values() for shard in shards)
-    bar = progress.start("evaluate", total, "clips")
-    device = resolve_device(config.train.device)
-    # On CPUs a batch a core with one thread each is faster than one batch with all of them.
-    workers = 1 if device.type == "cuda" else os.cpu_count() or 1
-    start = (lambda: None) if device.type == "cuda" else partial(torch.set_num_threads, 1)
-    splits = {}
-    with (
-        Sandbox(decode_limits(config.decode), num_children=workers) as sandbox,
-        ThreadPoolExecutor(workers, initializer=start) as pool,
-    ):
-        for split, shards in indices.items():
-            batches = clip_batches(
-                config,
-                shards,
-                policy=evaluation_policy(config),
-                sandbox=sandbox,
-                batch_size=settings.batch_size,
-            )
-            found: list[tuple[ClipBatch, dict[str, Features]]] = []
-            for batch, features in _mapped(pool, partial(_run_models, models), batches, workers):
-                found.append((batch, features))
-                progress.advance(bar, len(batch.uids))
-            if not found:
-                paths = ", ".join(shard.path for shard in shards)
-                raise UsageError(f"evaluate.{split} has no clip that decodes: {paths}")
-            splits[split] = _Split(
-                uids=[uid for batch, _ in found for uid in batch.uids],
-                labels=[labels for batch, _ in found for labels in batch.labels],
-                features={
-                    m: {r: np.concatenate([f[m][r] for _, f in found]) for r in READOUTS}
-                    for m in models
-                },
-            )
-    progress.finish(bar)
-    return splits
-
-
-def _run_models(models: Mapping[str, Model], batch: ClipBatch) -> dict[str, Features]:
-    return {name: model(batch.frames) for name, model in models.items()}
-
-
-def _mapped(
-    pool: ThreadPoolExecutor,
-    function: Callable[[ClipBatch], dict[str, Features]],
-    batches: Iterable[ClipBatch],
-    ahead: int,
-) -> Iterator[tuple[ClipBatch, dict[str, Features]]]:
-    """Like `pool.map`, in order, but no more than `ahead` batches are held."""
-    waiting: deque[tuple[ClipBatch, Future[dict[str, Features]]]] = deque()
-    for batch in batches:
-        waiting.append((batch, pool.submit(function, batch)))
-        if len(waiting) > ahead:
-            first, result = waiting.popleft()
-            yield first, result.result()
-    for first, result in waiting:
-        yield first, result.result()
-
-
-def _labels(settings: EvaluateConfig, splits: Mapping[str, _Split]) -> tuple[str, ...]:
-    found = {name for row in splits["train"].labels for name in row}
-    wanted = settings.labels or tuple(sorted(found - set(settings.groups)))
-    missing = [name for name in (*wanted, *settings.groups) if name not in found]
-    if missing or not wanted:
-        raise UsageError(
-            f"the clips of evaluate.train have no label {', '.join(missing) or 'at all'}; they "
-            f"have: {', '.join(sorted(found)) or 'none'}"
-        )
-    return wanted
-
-
-def _measure(
-    settings: EvaluateConfig, splits: Mapping[str, _Split], label: str
-) -> tuple[list[Result], list[Comparison]]:
-    """All models, methods and readouts on one label."""
-    classes = sorted({str(row[label]) for row in splits["train"].labels if label in row})
-    numbers = {name: i for i, name in enumerate(classes)}
-    known = {s: np.array([str(r.get(label)) in numbers for r in splits[s].labels]) for s in SPLITS}
-    truth = {
-        s: np.array(
-            [numbers[str(r[label])] for r, k in zip(splits[s].labels, known[s], strict=True) if k]
-        )
-        for s in SPLITS
-    }
-    if not len(truth["test"]) or not len(truth["validation"]):
-        raise UsageError(f"no test or validation clip has a value of `{label}` seen in training")
-    groups = [
-        np.array(
-            [str(r.get(g)) for r, k in zip(splits["test"].labels, known["test"], strict=True) if k]
-        )
-        for g in settings.groups
-    ] or [np.arange(len(truth["test"]))]
-    results: list[Result] = []
-    right: dict[tuple[str, str, str], Bool[np.ndarray, " n"]] = {}
-    for model in splits["train"].features:
-        for readout in READOUTS:
-            arrays = {s: splits[s].features[model][readout][known[s]] for s in SPLITS}
-            for method, predicted in _predict(settings, arrays, truth, len(classes)):
-                correct = predicted == truth["test"]
-                right[method, readout, model] = correct
-                accuracy = bootstrap_interval(
-                    correct, groups, resamples=settings.resamples, seed=settings.seed
-                )
-                results.append(
-                    Result(
-                        label=label,
-                        features=model,
-                        readout=readout,
-                        method=method,
-                        accuracy=accuracy,
-                        chance=float(np.bincount(truth["test"]).max() / len(truth["test"])),
-                        num_clips=len(correct),
-                    )
-                )
-    comparisons = [
-        Comparison(
-            label=label,
-            features=STUDENT,
-            baseline=RANDOM,
-            readout=readout,
-            method=method,
-            difference=bootstrap_difference(
-                correct,
-                right[method, readout, RANDOM],
-                groups,
-                resamples=settings.resamples,
-                seed=settings.seed,
-            ),
-            num_clips=len(correct),
-        )
-        for (method, readout, model), correct in right.items()
-        if model == STUDENT
-    ]
-    return results, comparisons
-
-
-def _predict(
-    settings: EvaluateConfig,
-    arrays: Mapping[str, Float[np.ndarray, "n c"]],
-    truth: Mapping[str, Int[np.ndarray, " n"]],
-    num_classes: int,
-) -> list[tuple[str, Int[np.ndarray, " n"]]]:
-    votes = knn_predict(
-        arrays["train"],
-        truth["train"],
-        arrays["test"],
-        neighbours=min(settings.neighbours, len(truth["train"])),
-        temperature=settings.temperature,
-        num_classes=num_classes,
-    )
-    probe = linear_probe(
-        arrays["train"],
-        truth["train"],
-        arrays["validation"],
-        truth["validation"],
-        arrays["test"],
-    )
-    return [("k-NN", np.asarray(votes).argmax(1)), ("linear probe", probe.predictions)]
-
-
-def _fingerprint(
-    config: RunConfig,
-    settings: EvaluateConfig,
-    shards: Mapping[str, Sequence[ShardIndex]],
+    shards: Shards,
     export: Path,
-) -> str:
+    own: Kept,
+    others: Kept,
+    progress: Progress,
+) -> tuple[Splits, dict[str, Features], list[tuple[Job, Scored]]]:
+    """Clips, features of frozen models and the scores of all jobs."""
+    settings = settings_of(config)
+    device = resolve_device(config.train.device)
+    frozen = frozen_models(config, export)
+    trained = trained_models(config, export, progress=progress)
+
+    def planned(splits: Splits) -> list[Job]:
+        named = tasks(settings, splits)
+        return list(jobs(settings, splits, named, frozen, trained, device=device))
+
+    def wants_tokens(model: FrozenModel, splits: Splits) -> bool:
+        return any(
+            job.tokens_of == model.key and job.stored(own, others) is None
+            for job in planned(splits)
+        )
+
+    with _spool(Path(config.run_dir)) as spool:
+        stage = FrozenStage(
+            config=config,
+            shards=shards,
+            own=own,
+            baselines=others,
+            spool=spool,
+            progress=progress,
+        )
+        splits, features = stage.run(frozen, wants_tokens=wants_tokens)
+        plan = planned(splits)
+        bar = progress.start("measure", len(plan), "measures")
+        done = []
+        for job in plan:
+            scored = job.stored(own, others)
+            if scored is None:
+                scored = job.compute(features)
+                job.save(scored, own, others)
+            done.append((job, scored))
+            progress.advance(bar)
+        progress.finish(bar)
+    return splits, features, done
+
+
+@contextmanager
+def _spool(folder: Path) -> Iterator[Path]:
+    """A temporary folder for tokens, gone afterwards."""
+    make_folder(folder)
+    with tempfile.TemporaryDirectory(prefix=".tokens-", dir=folder) as spool:
+        yield Path(spool)
+
+
+def _fingerprint(config: RunConfig, settings: EvaluateConfig, shards: Shards, export: Path) -> str:
     """Of all that decides the results: the weights, the clips, the settings."""
-    weights = file_sha256(export / "model.safetensors")
     return fingerprint(
         {
-            "weights": weights,
-            "shards": [shard.shard_id for split in SPLITS for shard in shards[split]],
+            "weights": file_sha256(export / "model.safetensors"),
+            "clips": clips_identity(config, shards),
             "settings": settings.model_dump(mode="json"),
-            "clip": config.clip.model_dump(mode="json"),
-            "allow_short": config.views.allow_short,
-            "decode": config.decode.model_dump(mode="json"),
-            "extensions": list(config.data.video_extensions),
             "teacher_weights": {
-                name: file_sha256(Path(t.weights)) if t.weights else ""
-                for name, t in config.teachers.items()
+                name: weights_identity(t.weights) for name, t in config.teachers.items()
             },
             "student": config.student.model_dump(mode="json"),
             "teachers": {k: t.model_dump(mode="json") for k, t in config.teachers.items()},
@@ -409,31 +249,54 @@ def _fingerprint(
     )
 
 
-def _save_features(path: Path, splits: Mapping[str, _Split]) -> None:
+def _save_features(path: Path, splits: Splits, features: Mapping[str, Features]) -> None:
     arrays: dict[str, np.ndarray] = {}
     for name, split in splits.items():
         arrays[f"{name}|uids"] = np.array(split.uids)
-        for model, readouts in split.features.items():
-            for readout, values in readouts.items():
-                arrays[f"{name}|{model}|{readout}"] = values
+        for model, of in features.items():
+            for readout, pooled in of.pooled.items():
+                arrays[f"{name}|{model}|{readout}"] = pooled[name].mean(1)
     with atomic_file(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def _earlier(path: Path, features: Path, want: str) -> EvaluateSummary | None:
-    if not path.is_file() or not features.is_file():
-        return None
-    try:
-        document = json.loads(path.read_text())
-    except ValueError:
-        return None
-    if document.get("fingerprint") != want:
-        return None
-    return EvaluateSummary(
-        results=results_from_json(document["results"]),
-        comparisons=comparisons_from_json(document["comparisons"]),
-        num_clips=document["num_clips"],
-        num_groups=document["num_groups"],
-        path=str(path),
-        features=str(features),
-    )
+class _Files:
+    """The files of an evaluation in a run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.document = folder / "evaluation.json"
+        self.features = folder / "features.npz"
+        self.outcomes = folder / "outcomes.npz"
+
+    def save(self, summary: EvaluateSummary, want: str) -> None:
+        document = {
+            "fingerprint": want,
+            "results": to_json(summary.results),
+            "comparisons": to_json(summary.comparisons),
+            "per_class": per_class_to_json(summary.per_class),
+            "num_clips": summary.num_clips,
+            "num_groups": summary.num_groups,
+        }
+        write_atomic(self.document, (json.dumps(document, indent=1) + "\n").encode())
+
+    def earlier(self, want: str) -> EvaluateSummary | None:
+        """What was found before, if it was of the same and is whole."""
+        if not self.document.is_file() or not self.features.is_file():
+            return None
+        try:
+            document = json.loads(self.document.read_text())
+            if document.get("fingerprint") != want:
+                return None
+            load_outcomes(self.outcomes)
+        except (ValueError, DamagedError):
+            return None
+        return EvaluateSummary(
+            results=results_from_json(document["results"]),
+            comparisons=comparisons_from_json(document["comparisons"]),
+            per_class=per_class_from_json(document["per_class"]),
+            num_clips=document["num_clips"],
+            num_groups=document["num_groups"],
+            path=str(self.document),
+            features=str(self.features),
+            outcomes=str(self.outcomes),
+        )

@@ -136,3 +136,49 @@ def test_stable_uniforms_are_uniform_inside_the_open_interval() -> None:
     counts = np.bincount((u * 20).astype(int), minlength=20)
     chi2 = ((counts - 5000) ** 2 / 5000).sum()
     assert chi2 < 50  # 19 degrees of freedom
+
+
+@given(st.integers(8, 400), st.integers(1, 8), st.integers(1, 10))
+def test_clips_are_spread_evenly_over_the_video(num_frames: int, stride: int, clips: int) -> None:
+    policy = replace(
+        POLICY, frames=FramePolicy.DENSE_CENTER, crop=CropPolicy.CENTER, frame_stride=stride
+    )
+
+    def starts(clips: int) -> list[int]:
+        spread = replace(policy, clips=clips)
+        views = (
+            draw_view(spread, uid="a", view=v, num_frames=num_frames, height=90, width=160)
+            for v in range(spread.num_spread)
+        )
+        return [view.frame_indices[0] for view in views]
+
+    used = max(1, min(stride, (num_frames - 1) // 7))
+    room = num_frames - 7 * used
+    wanted = [math.floor((i + 0.5) * room / clips + 1e-9) for i in range(clips)]
+    assert starts(clips) == wanted
+    assert wanted[-1] + 7 * used < num_frames
+    assert starts(1) == [room // 2]
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 160), (160, 90), (128, 128)])
+def test_three_crops_reach_from_edge_to_edge(height: int, width: int) -> None:
+    policy = replace(
+        POLICY, frames=FramePolicy.DENSE_CENTER, crop=CropPolicy.CENTER, clips=2, crops=3
+    )
+    views = [
+        draw_view(policy, uid="a", view=v, num_frames=100, height=height, width=width)
+        for v in range(policy.num_spread)
+    ]
+    assert len(views) == 6
+    assert len({v.frame_indices for v in views}) == 2
+    side = min(height, width)
+    room = max(height, width) - side
+    for clip in (views[:3], views[3:]):
+        assert len({v.frame_indices for v in clip}) == 1
+        offsets = [max(v.crop[:2]) for v in clip]
+        assert offsets == [0, room // 2, room]
+        assert {v.crop[2:] for v in clip} == {(side, side)}
+    one = draw_view(
+        replace(policy, crops=1), uid="a", view=0, num_frames=100, height=height, width=width
+    )
+    assert one.crop == views[1].crop

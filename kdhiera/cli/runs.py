@@ -86,13 +86,19 @@ def distill(
 @command(
     "evaluate",
     "kdhiera evaluate configs/demo.yaml",
-    "kdhiera evaluate configs/demo.yaml evaluate.neighbours=5 --json",
+    "kdhiera evaluate configs/demo.yaml 'evaluate.methods=[knn, linear]' --json",
+    "kdhiera evaluate configs/demo.yaml 'evaluate.methods=[finetune]'",
+    "kdhiera evaluate configs/demo.yaml 'evaluate.labels_per_class=[5, 20]'",
+    "kdhiera evaluate configs/demo.yaml evaluate.test_clips=3 evaluate.test_crops=3",
+    "kdhiera evaluate configs/demo.yaml 'evaluate.seeds=[0, 1, 2]'",
     to=run_app,
 )
 def evaluate(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Measure the frozen student by k-NN and linear probe on held-out labelled clips.
+    """Measure the student on held-out labelled clips, frozen and fine-tuned.
 
-    A student of random weights and the pooled teachers stand beside it.
+    Frozen: k-NN, linear probe, attentive probe, beside a student of random weights and the
+    pooled teachers. Fine-tuned (evaluate.methods=[finetune]): beside the same student trained
+    from scratch. What was measured before is not measured again.
     """
     run = load(config, overrides)
     from kdhiera.progress import make_progress

@@ -26,16 +26,22 @@ class ProbeResult:
     """What a probe predicts and how it was chosen.
 
     Args:
-        predictions: Class number of every test clip.
+        scores: Probability of every class, 0 upwards, for every test clip.
         inverse_penalty: The C that was chosen.
         validation_accuracy: Its accuracy on the validation split, by which it was chosen.
         converged: Whether the optimiser reached its tolerance at that C.
     """
 
-    predictions: Int[np.ndarray, " m"]
+    scores: Float[np.ndarray, "m classes"]
     inverse_penalty: float
     validation_accuracy: float
     converged: bool
+
+    @property
+    def predictions(self) -> Int[np.ndarray, " m"]:
+        """Class number of every test clip."""
+        predictions: np.ndarray = self.scores.argmax(1)
+        return predictions
 
 
 def linear_probe(
@@ -85,7 +91,7 @@ def linear_probe(
         accuracy = float(np.mean(model.predict(validation) == validation_labels))
         if best is None or accuracy > best.validation_accuracy:
             best = ProbeResult(
-                predictions=np.asarray(model.predict(test)),
+                scores=_all_classes(model.predict_proba(test), model.classes_),
                 inverse_penalty=inverse_penalty,
                 validation_accuracy=accuracy,
                 converged=int(np.max(model.n_iter_)) < max_iterations,
@@ -98,6 +104,15 @@ def linear_probe(
             max_iterations,
         )
     return best
+
+
+def _all_classes(
+    probabilities: Float[np.ndarray, "m seen"], seen: Int[np.ndarray, " seen"]
+) -> Float[np.ndarray, "m classes"]:
+    """A column for every class number up to the highest; 0 where training has no clip."""
+    scores = np.zeros((len(probabilities), int(seen.max()) + 1))
+    scores[:, seen] = probabilities
+    return scores
 
 
 def _check(train_labels: Int[np.ndarray, " n"], validation_labels: Int[np.ndarray, " v"]) -> None:

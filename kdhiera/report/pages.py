@@ -18,12 +18,13 @@ from kdhiera.report.tables import (
     comparison_table,
     escape_markdown,
     long_table,
+    per_class_tables,
     percent,
     result_table,
     to_csv,
     to_markdown,
 )
-from kdhiera.results import Comparison, Interval, Result, to_json
+from kdhiera.results import Comparison, Interval, PerClass, Result, to_json
 from kdhiera.storage import write_atomic
 
 FEW_GROUPS = 10
@@ -140,6 +141,7 @@ class ReportData:
         records: Lines of `metrics.jsonl`, for the curves.
         results: Of the evaluation, in the order to show.
         comparisons: Paired differences, in the order to show.
+        per_class: Accuracy class by class, in the order of the results.
         num_groups: What the intervals were resampled over, such as `{"object": 40}`; empty
             if clip by clip.
         controls: Checks of the labelled task.
@@ -153,6 +155,7 @@ class ReportData:
     records: Sequence[Mapping[str, Any]] = ()
     results: tuple[Result, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
+    per_class: tuple[PerClass, ...] = ()
     num_groups: Mapping[str, int]
     controls: tuple[Control, ...] = ()
     pictures: tuple[Picture, ...] = ()
@@ -215,6 +218,8 @@ def _summary(data: ReportData) -> Iterator[str]:
             f"{last:.2f} (mean over {len(data.training.targets)} targets)."
         )
     for c in data.comparisons:
+        if c.labels_per_class is not None:
+            continue  # the tables tell
         if c.difference.low > 0:
             verdict = "better"
         elif c.difference.high < 0:
@@ -286,13 +291,14 @@ def _training(data: ReportData, beside: Path) -> list[str]:
 def _evaluation(data: ReportData, beside: Path) -> list[str]:
     if not data.results:
         return []
-    save(result_bars(data.results), beside / "results.png")
+    whole = [r for r in data.results if r.labels_per_class is None]
+    save(result_bars(whole), beside / "results.png")
     document = {"results": to_json(data.results), "comparisons": to_json(data.comparisons)}
     write_atomic(beside / "results.json", (json.dumps(document, indent=1) + "\n").encode())
     write_atomic(beside / "results.csv", to_csv(long_table(data.results)).encode())
     blocks = [
         "## Evaluation",
-        f"Frozen features, {max(r.num_clips for r in data.results):,} test clips.",
+        f"{max(r.num_clips for r in data.results):,} test clips.",
         "![Test accuracy with intervals](report/results.png)",
         to_markdown(result_table(data.results)),
     ]
@@ -301,6 +307,8 @@ def _evaluation(data: ReportData, beside: Path) -> list[str]:
             "Differences on the same test clips, paired:",
             to_markdown(comparison_table(data.comparisons)),
         ]
+    for title, table in per_class_tables(data.per_class, data.comparisons):
+        blocks += [escape_markdown(title), to_markdown(table)]
     blocks += [
         _interval_note(data.num_groups),
         "As data: [results.json](report/results.json), [results.csv](report/results.csv).",

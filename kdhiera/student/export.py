@@ -131,12 +131,15 @@ def export_hiera(student: Student, path: Path) -> None:
         torch.save({STATE: weights, CLIP: _clip(student.grid)}, file)
 
 
-def load_exported(folder: Path, *, q_pool: int | None = None) -> Student:
+def load_exported(
+    folder: Path, *, q_pool: int | None = None, drop_path: float | None = None
+) -> Student:
     """A student from an export, all weights matched by name and shape.
 
     Args:
         folder: Where `export` wrote.
         q_pool: 3 for fine-tuning as Hiera does; None keeps what pre-training used.
+        drop_path: Rate of the last block; None keeps what pre-training used.
 
     Returns:
         In evaluation mode on the CPU, read at `stage4.end`; its `backbone` is the timm
@@ -158,6 +161,8 @@ def load_exported(folder: Path, *, q_pool: int | None = None) -> Student:
         grid = Grid(**content[CLIP])
         if q_pool is not None:
             arguments["q_pool"] = q_pool
+        if drop_path is not None:
+            arguments["drop_path_rate"] = drop_path
         backbone = Hiera(**arguments)
         backbone.load_state_dict(load((folder / WEIGHTS).read_bytes()))
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

@@ -250,8 +250,10 @@ class Student(nn.Module):
         """
         return self.pool(self.dense(clips), pool)
 
-    def dense(self, clips: UInt8[Tensor, "b f y x 3"]) -> Float[Tensor, "b t h w c"]:
-        """Tokens of whole clips after the last block, on their grid."""
+    def dense(
+        self, clips: UInt8[Tensor, "b f y x 3"] | Float[Tensor, "b f y x 3"]
+    ) -> Float[Tensor, "b t h w c"]:
+        """Tokens of whole clips (RGB, 0..255) after the last block, on their grid."""
         backbone = self.backbone
         tokens = backbone.patch_embed(rearrange(self._normalise(clips), "b f y x c -> b c f y x"))
         tokens = backbone.unroll(backbone._pos_embed(tokens))

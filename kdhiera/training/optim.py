@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from kdhiera.config import TrainConfig
+from kdhiera.schedule import Schedule
 
 LR_BATCH_SIZE = 256  # the batch that `train.lr` is meant for
 
@@ -40,30 +39,6 @@ def build_optimizer(modules: Iterable[nn.Module], config: TrainConfig) -> torch.
     """AdamW as the config says; the learning rate is set at every step."""
     groups = parameter_groups(modules, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Linear warm-up, then a half cosine.
-
-    Args:
-        peak: Learning rate at the end of the warm-up.
-        final: Learning rate of the last step.
-        warmup_steps: The first of them runs at `peak / warmup_steps`.
-        num_steps: Steps of the whole run.
-    """
-
-    peak: float
-    final: float
-    warmup_steps: int
-    num_steps: int
-
-    def lr(self, step: int) -> float:
-        """Learning rate of step `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.num_steps - 1 - self.warmup_steps)
-        return self.final + (self.peak - self.final) * (1 + math.cos(math.pi * done)) / 2
 
 
 def build_schedule(config: TrainConfig, num_steps: int) -> Schedule:

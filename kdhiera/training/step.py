@@ -21,13 +21,14 @@ from kdhiera.objective.losses import (
     total,
 )
 from kdhiera.objective.targets import TargetSpec, normalise, statistics_from_state
+from kdhiera.schedule import Schedule
+from kdhiera.seeding import seeded
 from kdhiera.student.decoder import Decoders
 from kdhiera.student.heads import Heads
 from kdhiera.student.hiera import Student, set_fused_attention
 from kdhiera.training.batches import Batch
 from kdhiera.training.jitter import jitter
-from kdhiera.training.optim import Schedule, build_optimizer
-from kdhiera.views import stable_key
+from kdhiera.training.optim import build_optimizer
 
 Predictor = Heads | Decoders
 
@@ -277,19 +278,6 @@ class Learner:
             group["lr"] = lr
         self.optimizer.step()
         return norm
-
-
-@contextmanager
-def seeded(*parts: object, device: torch.device) -> Iterator[None]:
-    """Within the block torch's generators follow from `parts`; outside they are as before."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        seed = stable_key(*parts) % 2**63
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 @contextmanager

@@ -12,13 +12,14 @@ from torch.nn import functional as F
 
 from kdhiera.config import ObjectiveConfig
 from kdhiera.objective.targets import PhiS, TargetSpec
+from kdhiera.schedule import Schedule
+from kdhiera.seeding import seeded
 from kdhiera.student.decoder import Decoders, DecoderSpec, build_decoders
 from kdhiera.student.heads import Heads, HeadSpec, build_heads
 from kdhiera.student.hiera import Student
 from kdhiera.training.batches import Batch, make_batch, position_of
 from kdhiera.training.jitter import jitter
-from kdhiera.training.optim import Schedule
-from kdhiera.training.step import Learner, NonFiniteError, seeded
+from kdhiera.training.step import Learner, NonFiniteError
 
 CPU = torch.device("cpu")
 
