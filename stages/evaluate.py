@@ -38,7 +38,8 @@ from kdhiera.results import Comparison, Result, comparisons_from_json, results_f
 from kdhiera.stages.assemble import decode_limits, exported_student, featurizer_of
 from kdhiera.stages.clips import ClipBatch, clip_batches
 from kdhiera.storage import atomic_file, file_sha256, write_atomic
-from kdhiera.student.hiera import Student, build
+from kdhiera.student.base import Student
+from kdhiera.student.build import build_student
 from kdhiera.views import CropPolicy, FramePolicy, ViewPolicy
 
 logger = logging.getLogger(__name__)
@@ -179,7 +180,7 @@ def _models(config: RunConfig, export: Path) -> dict[str, Model]:
     seed = _settings(config).seed
     students = {
         STUDENT: exported_student(config, export),
-        RANDOM: Student(build(config.student, grid, seed=seed), grid),
+        RANDOM: build_student(config.student, grid, seed=seed),
     }
     models: dict[str, Model] = {
         name: _student_model(student.to(device).eval(), device)

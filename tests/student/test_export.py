@@ -10,8 +10,9 @@ from timm.models.hiera import Hiera
 from kdhiera.config import StudentConfig
 from kdhiera.errors import DamagedError, UsageError
 from kdhiera.grid import Grid
+from kdhiera.student.base import Student, normalise_pixels
 from kdhiera.student.export import export, load_exported
-from kdhiera.student.hiera import Student, build, normalise_pixels
+from kdhiera.student.hiera import HieraStudent, build
 
 GRID = Grid(num_frames=4, height=64, width=96)
 CONFIG = StudentConfig(size="nano")
@@ -19,7 +20,7 @@ CONFIG = StudentConfig(size="nano")
 
 @pytest.fixture
 def student() -> Student:
-    return Student(build(CONFIG, GRID, seed=1), GRID).eval()
+    return HieraStudent(build(CONFIG, GRID, seed=1), GRID).eval()
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from kdhiera.config import ObjectiveConfig
 from kdhiera.objective.targets import PhiS, TargetSpec
+from kdhiera.student.base import Student
 from kdhiera.student.decoder import Decoders, DecoderSpec, build_decoders
 from kdhiera.student.heads import Heads, HeadSpec, build_heads
-from kdhiera.student.hiera import Student
 from kdhiera.training.batches import Batch, make_batch, position_of
 from kdhiera.training.jitter import jitter
 from kdhiera.training.optim import Schedule

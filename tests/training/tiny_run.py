@@ -12,8 +12,9 @@ from kdhiera.grid import Grid
 from kdhiera.masking import MaskSchedule, MaskSpec, Scope, Strategy, draw_mask
 from kdhiera.objective.targets import TargetSpec
 from kdhiera.progress import PlainProgress, Progress
+from kdhiera.student.base import Student
+from kdhiera.student.build import build_student
 from kdhiera.student.heads import HeadSpec, build_heads
-from kdhiera.student.hiera import Student, build
 from kdhiera.training.batches import ClipSource
 from kdhiera.training.loop import TrainSummary, train
 
@@ -99,8 +100,8 @@ class Setup:
         ]  # fmt: skip
 
     def student(self) -> Student:
-        backbone = build(StudentConfig(size="nano", drop_path=0.2), GRID, seed=0)
-        return Student(backbone, GRID, [spec.tap for spec in self.targets()])
+        config = StudentConfig(size="nano", drop_path=0.2)
+        return build_student(config, GRID, [spec.tap for spec in self.targets()], seed=0)
 
     def run(
         self,
