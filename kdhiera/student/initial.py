@@ -44,11 +44,18 @@ def _load_vit(student: VitStudent, state: Mapping[str, Tensor], path: str) -> No
     own = student.backbone.state_dict()
     found = {name: value.float() for name, value in state.items()}
     found[_POSITIONS] = own[_POSITIONS]
-    if {n: v.shape for n, v in found.items()} != {n: v.shape for n, v in own.items()}:
-        has, wanted = _describe(found), _describe(own)
+    has, wanted = _describe(found), _describe(own)
+    if has != wanted:
         raise UsageError(
             f"student.init={path} holds a plain ViT of {has}, and the student is one of {wanted}: "
             "set student.size to the checkpoint's"
+        )
+    shapes = [{n: v.shape for n, v in each.items()}.items() for each in (found, own)]
+    differ = sorted({name for name, _ in shapes[0] ^ shapes[1]})
+    if differ:
+        raise UsageError(
+            f"student.init={path} is no plain ViT as kdhiera builds it: {', '.join(differ[:3])} "
+            "is not there, unknown, or of another shape"
         )
     student.backbone.load_state_dict(found)
     logger.info("student.init %s: the student starts from these weights", path)
@@ -56,7 +63,8 @@ def _load_vit(student: VitStudent, state: Mapping[str, Tensor], path: str) -> No
 
 def _describe(state: Mapping[str, Tensor]) -> str:
     width = len(state["patch_embed.proj.weight"])
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    blocks = {int(name.split(".")[1]) for name in state if name.startswith("blocks.")}
+    depth = len(blocks)
     for name, size in SIZES.items():
         if (size["width"], size["depth"]) == (width, depth):
             return f"size {name}"
