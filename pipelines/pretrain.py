@@ -31,6 +31,7 @@ from kdhiera.stages.show import clip_figures
 from kdhiera.training.metrics import read_metrics
 
 NUM_PICTURES = 2
+STUDENTS = {"hiera": "Hiera", "vit": "plain ViT"}
 
 Say = Callable[[str], None]
 Controls = Callable[[EvaluateSummary], tuple[Control, ...]]
@@ -120,7 +121,7 @@ def _facts(config: RunConfig) -> dict[str, str]:
     clip, masks, o = config.clip, config.mask_schedule, config.objective
     facts = {
         "clip": f"{clip.num_frames} frames of {clip.height} x {clip.width} px",
-        "student": f"Hiera {config.student.size}",
+        "student": f"{STUDENTS[config.student.kind]} {config.student.size}",
         "masks": f"{masks.widest.strategy}, ratio {_ratios(masks)}, {config.views.num} views x "
         f"{masks.draws} draws",
         "objective": f"{o.kind} units, {o.loss} on {o.normalise} targets",

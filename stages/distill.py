@@ -44,11 +44,13 @@ from kdhiera.progress import Progress, human_seconds
 from kdhiera.stages.assemble import decode_limits, featurizer_of
 from kdhiera.stages.statistics import statistics_of
 from kdhiera.storage import write_atomic
+from kdhiera.student.base import Student
+from kdhiera.student.build import build_student, default_taps
 from kdhiera.student.decoder import DecoderSpec, build_decoders
 from kdhiera.student.export import export
 from kdhiera.student.heads import HeadSpec, build_heads
-from kdhiera.student.hiera import Student, build, default_taps, depths_of
-from kdhiera.student.official import load_init, weights_sha256
+from kdhiera.student.initial import load_init
+from kdhiera.student.official import weights_sha256
 from kdhiera.teachers.build import warn_of_scores
 from kdhiera.training.batches import ClipSource
 from kdhiera.training.live import LIVE_ENCODING, LiveSource
@@ -378,17 +380,16 @@ def student_of(config: RunConfig, opened: Opened) -> tuple[Student, Predictor, l
         UsageError: If a tap does not exist, or not every layer has one; if `student.init` cannot
             be loaded.
     """
-    grid = config.clip.grid
-    backbone = build(config.student, grid, seed=config.train.seed)
-    if config.student.init is not None:
-        load_init(backbone, config.student.init, grid)
-    specs = _targets(config, opened, depths_of(backbone))
-    student = Student(
-        backbone,
-        grid,
+    specs = _targets(config, opened)
+    student = build_student(
+        config.student,
+        config.clip.grid,
         sorted({s.tap for s in specs}),
+        seed=config.train.seed,
         grad_checkpointing=config.train.grad_checkpointing,
     )
+    if config.student.init is not None:
+        load_init(student, config.student.init)
     return student, _predictor(config, student, specs), specs
 
 
@@ -425,11 +426,12 @@ def _warn_of_copies(config: RunConfig) -> None:
             )
 
 
-def _targets(config: RunConfig, opened: Opened, depths: Sequence[int]) -> list[TargetSpec]:
+def _targets(config: RunConfig, opened: Opened) -> list[TargetSpec]:
     specs = []
     layer_weights = config.objective.layer_weights or {}
     for teacher, layers in config.objective_layers.items():
-        taps = (config.student.taps or {}).get(teacher) or default_taps(len(layers), depths)
+        named = (config.student.taps or {}).get(teacher)
+        taps = named or default_taps(config.student, len(layers))
         if len(taps) != len(layers):
             raise UsageError(
                 f"student.taps.{teacher} names {len(taps)} taps for {len(layers)} layers: name "

@@ -21,11 +21,9 @@ from kdhiera.report.pictures import ClipPicture, FeatureRow, show_clip
 from kdhiera.report.plots import save
 from kdhiera.stages.assemble import exported_student, featurizer_of
 from kdhiera.stages.clips import spread_clips
-from kdhiera.student.hiera import Student
+from kdhiera.student.base import Student
 
 logger = logging.getLogger(__name__)
-
-STUDENT_TAP = "stage4.end"
 
 
 def show(
@@ -111,7 +109,7 @@ def _student_tokens(
 ) -> Float[np.ndarray, "slots y x c"]:
     pixels = torch.from_numpy(out.pixels).to(device)
     units = torch.from_numpy(out.units.astype(np.int64)).to(device)
-    tokens = student(pixels, units)[STUDENT_TAP]
+    tokens = student(pixels, units)[student.last_tap]
     dense: np.ndarray = student.grid.units_to_tokens(tokens)[0].float().cpu().numpy()
     return dense
 

@@ -12,6 +12,7 @@ from kdhiera.progress import make_progress
 from kdhiera.results import load_outcomes
 from kdhiera.stages.distill import FREE_SETTINGS, distill
 from kdhiera.stages.evaluate import evaluate
+from kdhiera.student.macs import visible_macs
 from kdhiera.training.metrics import read_metrics
 
 
@@ -49,5 +50,13 @@ def run_trial(run: PlannedRun, *, baselines: Path, overwrite: bool) -> RunRecord
         curve=curve_of(read_metrics(Path(run.config.run_dir))),
         steps=distilled.training.steps,
         seconds=distilled.training.seconds,
-        clip_macs=distilled.clip_macs,
+        clip_macs=_clip_macs(run),
     )
+
+
+def _clip_macs(run: PlannedRun) -> int:
+    """Mean over the ratios that take turns."""
+    config = run.config
+    ratios = [spec.ratio for spec in config.mask_schedule.phases]
+    macs = [visible_macs(config.student, config.clip.grid, ratio) for ratio in ratios]
+    return sum(macs) // len(macs)

@@ -23,7 +23,7 @@ from kdhiera.config.evaluation import FinetuneConfig
 from kdhiera.errors import KdhieraError
 from kdhiera.schedule import Schedule
 from kdhiera.seeding import seeded
-from kdhiera.student.hiera import Student, set_fused_attention
+from kdhiera.student.base import Student, set_fused_attention
 from kdhiera.views import stable_key
 
 LR_BATCH_SIZE = 256  # the batch that `evaluate.finetune.lr` is meant for

@@ -26,7 +26,7 @@ from kdhiera.objective.targets import TargetSpec
 from kdhiera.progress import Progress
 from kdhiera.stopping import stop_on_signals
 from kdhiera.storage import atomic_file
-from kdhiera.student.hiera import Student
+from kdhiera.student.base import Student
 from kdhiera.training import checkpoint
 from kdhiera.training.batches import Batch, ClipSource, Prefetcher, batches
 from kdhiera.training.metrics import MetricLog, read_metrics

@@ -23,9 +23,9 @@ from kdhiera.objective.losses import (
 from kdhiera.objective.targets import TargetSpec, normalise, statistics_from_state
 from kdhiera.schedule import Schedule
 from kdhiera.seeding import seeded
+from kdhiera.student.base import Student, set_fused_attention
 from kdhiera.student.decoder import Decoders
 from kdhiera.student.heads import Heads
-from kdhiera.student.hiera import Student, set_fused_attention
 from kdhiera.training.batches import Batch
 from kdhiera.training.jitter import jitter
 from kdhiera.training.optim import build_optimizer

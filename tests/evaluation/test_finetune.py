@@ -11,7 +11,7 @@ from kdhiera.config.evaluation import FinetuneConfig
 from kdhiera.errors import KdhieraError
 from kdhiera.evaluation.finetune import Classifier, finetune, layer_groups, mix
 from kdhiera.grid import Grid
-from kdhiera.student.hiera import Student, build
+from kdhiera.student.hiera import HieraStudent, build
 
 GRID = Grid(num_frames=4, height=64, width=64)
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ RECIPE = FinetuneConfig(
 
 def classifier(*, seed=0, q_pool=3, drop_path=0.1, num_classes=2):
     config = StudentConfig(size="nano", drop_path=drop_path)
-    student = Student(build(config, GRID, q_pool=q_pool, seed=1), GRID)
+    student = HieraStudent(build(config, GRID, q_pool=q_pool, seed=1), GRID)
     return Classifier(student, num_classes, seed=seed)
 
 

@@ -22,7 +22,7 @@ from kdhiera.featurize import Featurizer
 from kdhiera.progress import make_progress
 from kdhiera.results import Measure, load_outcomes, per_class_from_json
 from kdhiera.stages.evaluate import EvaluateSummary, evaluate
-from kdhiera.student.hiera import Student
+from kdhiera.student.base import Student
 
 SETTINGS = {
     "labels": ["category", "direction"],
