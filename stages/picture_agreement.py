@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from kdhiera.config import RunConfig
 from kdhiera.devices import resolve_device
 from kdhiera.evaluation.agreement import HeadFit, linear_cka, unit_tokens
+from kdhiera.grid import TOKENS_PER_UNIT
 from kdhiera.objective.targets import normalise
 from kdhiera.progress import Progress
 from kdhiera.report.agreement import AgreementPicture, Fit, show_agreement
@@ -27,7 +29,7 @@ from kdhiera.stages.trained import (
 from kdhiera.student.hiera import Student
 from kdhiera.training.batches import Batch, Position, make_batch
 
-NUM_CLIPS = 256
+NUM_CLIPS = {"cached": 256, "live": 64}  # live teachers take their time
 CKA_TOKENS = 8192  # many more than channels, and little enough for the largest student
 BATCH = 32
 
@@ -54,58 +56,61 @@ def agreement_figure(config: RunConfig, *, progress: Progress) -> Figure | None:
         return show_agreement(_measure(config, opened, trained, progress))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Layers:
+    """Features of several layers at the same tokens, collected batch by batch."""
+
+    parts: list[list[Tensor]]
+
+    @classmethod
+    def empty(cls, num_layers: int) -> _Layers:
+        return cls(parts=[[] for _ in range(num_layers)])
+
+    def add(self, layers: Iterable[Tensor], chosen: Tensor) -> None:
+        for part, tokens in zip(self.parts, layers, strict=True):
+            part.append(tokens.float().flatten(0, 2)[chosen])
+
+    def whole(self) -> list[Tensor]:
+        return [torch.cat(part) for part in self.parts]
+
+
 @torch.inference_mode()
 def _measure(
     config: RunConfig, opened: Opened, trained: Trained, progress: Progress
 ) -> AgreementPicture:
+    targets, objective = trained.targets, config.objective
     fresh = with_all_blocks(fresh_of(config, opened))
     student = with_all_blocks(trained.student)
     blocks = [f"block:{i + 1}" for i in range(sum(student.depths))]
-    names = [spec.name for spec in trained.targets]
-    fits = {
-        name: HeadFit(kind=config.objective.loss, beta=config.objective.beta)
-        for name in (names if config.objective.kind == "visible" else ())
-    }
-    seen: dict[str, list[list[Tensor]]] = {
-        "fresh": [[] for _ in blocks],
-        "trained": [[] for _ in blocks],
-        "teachers": [[] for _ in names],
-    }
-    samples = _spread(opened.source.num_samples)
+    fits = {s.name: HeadFit(kind=objective.loss, beta=objective.beta) for s in targets}
+    before, after, teachers = (_Layers.empty(len(n)) for n in (blocks, blocks, targets))
+    samples = _spread(opened.source.num_samples, NUM_CLIPS[config.cache.mode])
     bar = progress.start("agreement", len(samples), "clips")
-    tokens = 0
     for batch in _batches(config, opened, samples):
-        features = [s.decode(batch.columns[s.column], batch.units) for s in trained.targets]
+        features = [s.decode(batch.columns[s.column], batch.units) for s in targets]
         taps = student(batch.pixels, batch.units)
-        if fits:
+        if objective.kind == "visible":
             predicted = trained.heads(taps, batch.units, batch.units)
-            for spec, feature in zip(trained.targets, features, strict=True):
-                target = normalise(feature, config.objective.normalise, spec.statistics)
+            for spec, feature in zip(targets, features, strict=True):
+                target = normalise(feature, objective.normalise, spec.statistics)
                 fits[spec.name].add(predicted[spec.name].float(), target, trained.means[spec.name])
-        chosen = _thinned(batch.units.numel() * 4, len(batch.samples), len(samples))
-        before = fresh(batch.pixels, batch.units)
-        for kept, values in (
-            (seen["fresh"], [unit_tokens(before[tap]) for tap in blocks]),
-            (seen["trained"], [unit_tokens(taps[tap]) for tap in blocks]),
-            (seen["teachers"], features),
-        ):
-            for layer, value in zip(kept, values, strict=True):
-                layer.append(value.float().flatten(0, 2)[chosen])
-        tokens += len(chosen)
+        chosen = _thinned(batch, len(samples))
+        untrained = fresh(batch.pixels, batch.units)
+        before.add((unit_tokens(untrained[tap]) for tap in blocks), chosen)
+        after.add((unit_tokens(taps[tap]) for tap in blocks), chosen)
+        teachers.add(features, chosen)
         progress.advance(bar, len(batch.samples))
     progress.finish(bar)
-    layers = [torch.cat(parts) for parts in seen["teachers"]]
-    before_cka, after_cka = (
-        linear_cka([torch.cat(parts) for parts in seen[which]], layers)
-        for which in ("fresh", "trained")
-    )
+    layers = teachers.whole()
+    # Decoders of hidden units and mixing heads read many blocks.
+    one_block = objective.kind == "visible" and not config.student.mix
     masks = config.mask_schedule.widest
     return AgreementPicture(
         title=f"{config.name}: how far the student agrees with its teachers",
         foot=f"{len(samples):,} clips that it was trained on, as it sees them ({masks.strategy}, "
-        f"{100 * masks.ratio:g} % hidden); step {trained.steps:,}. CKA over {tokens:,} tokens: 1 "
-        "is equal but for rotation and scale."
-        + ("" if config.student.mix else " Orange frames: the block that a head reads."),
+        f"{100 * masks.ratio:g} % hidden); step {trained.steps:,}. CKA over {len(layers[0]):,} "
+        "tokens: 1 is equal but for rotation and scale."
+        + (" Orange frames: the block that a head reads." if one_block else ""),
         fits=tuple(
             Fit(
                 target=name,
@@ -114,27 +119,27 @@ def _measure(
                 constant_cosine=fit.constant_cosine,
             )
             for name, fit in fits.items()
+            if fit.tokens
         ),
         blocks=tuple(_block_names(student)),
-        layers=tuple(names),
-        before=before_cka,
-        after=after_cka,
-        read=tuple(
-            None if config.student.mix else trained.student.taps[s.tap] - 1 for s in trained.targets
-        ),
+        layers=tuple(spec.name for spec in targets),
+        before=linear_cka(before.whole(), layers),
+        after=linear_cka(after.whole(), layers),
+        read=tuple(student.taps[spec.tap] - 1 if one_block else None for spec in targets),
     )
 
 
-def _spread(num_samples: int) -> np.ndarray:
+def _spread(num_samples: int, count: int) -> np.ndarray:
     """Numbers of samples spread evenly over all, ascending; the same ones every time."""
-    count = min(num_samples, NUM_CLIPS)
+    count = min(num_samples, count)
     return np.arange(count) * num_samples // count
 
 
-def _thinned(tokens: int, clips: int, of_clips: int) -> Tensor:
+def _thinned(batch: Batch, num_clips: int) -> Tensor:
     """Places of a batch's share of the tokens that CKA is computed on, spread evenly."""
-    share = min(tokens, CKA_TOKENS * clips // of_clips)
-    return torch.arange(share) * tokens // share
+    tokens = batch.units.numel() * TOKENS_PER_UNIT
+    share = min(tokens, CKA_TOKENS * len(batch.samples) // num_clips)
+    return torch.arange(share, device=batch.units.device) * tokens // share
 
 
 def _batches(config: RunConfig, opened: Opened, samples: np.ndarray) -> Iterator[Batch]:

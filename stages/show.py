@@ -180,7 +180,7 @@ def _draw_clips(
         for number, figure in enumerate(figures)
     ]
     if masks is not None:
-        caption = "Masks: what every strategy shows, and what higher ratios leave of it"
+        caption = "Masks of every strategy, and of several ratios"
         drawing.pictures.append(Drawn(kind=Kind.MASKS, name="masks", caption=caption, figure=masks))
     drawn = {picture.kind for picture in drawing.pictures}
     drawing.left_out |= {
@@ -199,7 +199,7 @@ def _draw_agreement(config: RunConfig, drawing: Drawing, progress: Progress) -> 
         why = f"no student has been trained in {config.run_dir} (kdhiera distill)"
         drawing.left_out[Kind.AGREEMENT] = why
         return
-    caption = "Agreement of the student with every teacher layer, before and after training"
+    caption = "Agreement of the student with every teacher layer"
     drawing.pictures.append(
         Drawn(kind=Kind.AGREEMENT, name="agreement", caption=caption, figure=figure)
     )
@@ -210,7 +210,7 @@ def _draw_statuses(config: RunConfig, drawing: Drawing, progress: Progress) -> N
         drawing.left_out[Kind.STATUSES] = f"there is no cache in {config.cache.dir}"
         return
     figure, drawing.statuses = status_figure(config, progress=progress)
-    caption = "Rows of the cache by status, and samples that are not good"
+    caption = "Rows of the cache by status"
     drawing.pictures.append(
         Drawn(kind=Kind.STATUSES, name="statuses", caption=caption, figure=figure)
     )

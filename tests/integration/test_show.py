@@ -136,6 +136,7 @@ def test_agreement_is_what_training_measured(trained: RunConfig, progress: Progr
     names = [label.get_text() for label in explained.get_yticklabels()]
     assert names == ["image/6", "image/12", "video/3"]
     assert len(before.texts) == len(after.texts) == 9 * 3  # nano has nine blocks
+    assert len(after.patches) == 3  # framed: what the three heads read
     grown = np.asarray(after.images[0].get_array()) - np.asarray(before.images[0].get_array())
     assert np.abs(grown).max() > 0.01  # training changed something
     wanted = _explained_in_one_batch(trained)
@@ -218,13 +219,15 @@ def test_decoders_of_hidden_units_leave_the_bars_out(
         data={"shards": [str(shards[0])]},
         cache={"mode": "live"},
         masks={"ratio": 0.5, "draws": 1, "keep": "all"},
-        objective={"kind": "masked"},
+        objective={"kind": "masked", "teachers": ["video"]},
+        scores={"teacher": "video", "source": "uniform"},
         train={"max_steps": 1, "warmup_epochs": 0, "batch_size": 4, "prefetch": 1},
     )
     distill(config, progress=progress)
     (drawn,) = draw(config, kinds=[Kind.AGREEMENT], num_clips=1, progress=progress).pictures
     before, after = drawn.figure.axes
-    assert len(before.texts) == len(after.texts) == 9 * 3
+    assert len(before.texts) == len(after.texts) == 9
+    assert not after.patches  # decoders read many blocks
 
 
 def test_kinds_are_read_with_commas_and_unknown_ones_named() -> None:
