@@ -27,11 +27,12 @@ from kdhiera.report.pages import (
 from kdhiera.stages.distill import DistillSummary, distill
 from kdhiera.stages.evaluate import EvaluateSummary, evaluate
 from kdhiera.stages.extract_teachers import ExtractSummary, extract
-from kdhiera.stages.show import clip_figures
+from kdhiera.stages.show import Kind, draw
 from kdhiera.training.metrics import read_metrics
 
 NUM_PICTURES = 2
 STUDENTS = {"hiera": "Hiera", "vit": "plain ViT"}
+PICTURED = (Kind.CLIPS, Kind.MASKS, Kind.AGREEMENT)
 
 Say = Callable[[str], None]
 Controls = Callable[[EvaluateSummary], tuple[Control, ...]]
@@ -65,7 +66,7 @@ def pretrain(
         say(evaluated.describe())
         if controls is not None:
             checks = controls(evaluated)
-    figures = clip_figures(config, num_clips=NUM_PICTURES, progress=progress)
+    drawing = draw(config, kinds=PICTURED, num_clips=NUM_PICTURES, progress=progress)
     data = ReportData(
         name=config.name,
         facts=_facts(config),
@@ -78,8 +79,7 @@ def pretrain(
         num_groups=evaluated.num_groups if evaluated else {},
         controls=checks,
         pictures=tuple(
-            Picture(caption=f"Clip {i + 1}: scores, mask and features", figure=figure)
-            for i, figure in enumerate(figures)
+            Picture(caption=drawn.caption, figure=drawn.figure) for drawn in drawing.pictures
         ),
     )
     path = write_report(Path(config.run_dir), data)

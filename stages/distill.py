@@ -127,11 +127,11 @@ def distill(
     folder = Path(config.run_dir)
     if resume and not (folder / "checkpoints").is_dir():
         raise UsageError(f"--resume: there is no checkpoint in {folder}")
-    with open_source(config, None if overwrite else _begun_with(folder)) as opened:
+    with open_source(config, None if overwrite else begun_with(folder)) as opened:
         student, heads, specs = student_of(config, opened)
         _check_phases(config, num_steps(config.train, opened.source.num_samples))
         resolve_precision(config.train.precision, resolve_device(config.train.device))
-        identity = _identity(config, opened)
+        identity = identity_of(config, opened)
         with _locked(folder):
             if overwrite:
                 _clear(folder)
@@ -324,7 +324,7 @@ def _check_live(config: RunConfig) -> None:
         )
 
 
-def _begun_with(folder: Path) -> Snapshot | None:
+def begun_with(folder: Path) -> Snapshot | None:
     """What the run in a folder reads of its cache, if it has come to a checkpoint."""
     return load_snapshot(folder) if any((folder / CHECKPOINTS).glob("step-*.pt")) else None
 
@@ -461,7 +461,7 @@ def _head(student: Student, spec: TargetSpec, config: StudentConfig) -> HeadSpec
     )
 
 
-def _identity(config: RunConfig, opened: Opened) -> dict[str, Any]:
+def identity_of(config: RunConfig, opened: Opened) -> dict[str, Any]:
     """What decides the weights that come out; paths, devices, memory and logging do not."""
     init = config.student.init
     identity = {

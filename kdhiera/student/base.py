@@ -97,6 +97,15 @@ class Student(nn.Module, ABC):
         """Width after the last block."""
         return int(self.backbone.num_features)
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the backbone."""
+        return len(self.backbone.blocks)
+
+    def block_name(self, number: int) -> str:
+        """What people call block `number` (from 1)."""
+        return f"block {number}"
+
     def forward(
         self, pixels: UInt8[Tensor, "b k 2 32 32 3"], units: Int[Tensor, "b k"]
     ) -> dict[str, Float[Tensor, "b k n c"]]:

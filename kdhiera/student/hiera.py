@@ -24,6 +24,7 @@ patch embedding is not computed.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -166,6 +167,12 @@ class HieraStudent(Student):
     def tap_block(self, tap: str) -> int:
         """See the function `tap_block`."""
         return tap_block(tap, depths_of(self.backbone))
+
+    def block_name(self, number: int) -> str:
+        """With its backbone stage."""
+        ends = list(itertools.accumulate(depths_of(self.backbone)))
+        stage = next(i for i, end in enumerate(ends) if number <= end) + 1
+        return f"block {number} (stage {stage})"
 
     def tap_shape(self, tap: str) -> tuple[int, int]:
         """Tokens a unit and width at a tap."""
