@@ -1,1 +1,1 @@
-"""The student: a masked 3-D Hiera, its heads and its export."""
+"""The student: a masked 3-D Hiera or a plain ViT, its heads and its export."""
