@@ -189,10 +189,11 @@ def _measured(
     device = resolve_device(config.train.device)
     frozen = frozen_models(config, export)
     trained = trained_models(config, export, progress=progress)
+    clips = clips_identity(config, shards)
 
     def planned(splits: Splits) -> list[Job]:
         named = tasks(settings, splits)
-        return list(jobs(settings, splits, named, frozen, trained, device=device))
+        return list(jobs(settings, splits, named, frozen, trained, clips=clips, device=device))
 
     def wants_tokens(model: FrozenModel, splits: Splits) -> bool:
         return any(

@@ -96,6 +96,11 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
+def with_views(config: RunConfig, clips: int, crops: int) -> RunConfig:
+    section = config.evaluate.model_copy(update={"test_clips": clips, "test_crops": crops})
+    return config.model_copy(update={"evaluate": section})
+
+
 def labels_of(paths: dict[str, str], split: str, label: str) -> list[str]:
     members = read_tar(Path(paths[split]))
     return [json.loads(data)["labels"][label] for name, data in members if name.endswith("json")]
@@ -243,10 +248,21 @@ def test_test_clips_are_seen_in_all_views(make, evaluated, looked):
     config = make(
         methods=["knn"], seeds=[0], labels=["direction"], test_clips=2, test_crops=3, batch_size=6
     )
-    run(config)
+    many = run(config, baselines=Path(evaluated[0].run_dir) / "baselines")
     assert looked["student"] == 2 * ((24 + 12) // 6 + NUM_CLIPS["test"])  # six views a clip
+    single = run(with_views(config, 1, 1), baselines=Path(evaluated[0].run_dir) / "baselines")
+    whole = [r for r in evaluated[1].results if (r.method, r.labels_per_class) == ("k-NN", None)]
+    wanted = {(r.features, r.readout): r.accuracy.value for r in whole if r.label == "direction"}
+    for r in single.results:
+        if r.features != "random student":  # of one seed here
+            assert r.accuracy.value == wanted[r.features, r.readout]
+    assert [r.accuracy for r in many.results] != [r.accuracy for r in single.results]
     measured = [np.load(path) for path in (Path(config.run_dir) / "measured").iterdir()]
-    (features,) = (arrays for arrays in measured if "slots test" in arrays.files)
+    (features,) = (
+        arrays
+        for arrays in measured
+        if "slots test" in arrays.files and arrays["slots test"].shape[1] > 1
+    )
     assert features["slots test"].shape[:2] == (NUM_CLIPS["test"], 6)
     assert features["slots train"].shape[:2] == (NUM_CLIPS["train"], 1)
     assert (np.ptp(features["slots test"], axis=1).max(1) > 0).all()
