@@ -13,6 +13,7 @@ from benchmarks import (
     integrity,
     read,
     scale,
+    students,
     teachers,
     training_step,
 )
@@ -26,6 +27,7 @@ BENCHMARKS = {
     "growth": growth.run,
     "integrity": integrity.run,
     "teachers": teachers.run,
+    "students": students.run,
 }
 
 

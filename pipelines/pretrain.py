@@ -27,10 +27,12 @@ from kdhiera.report.pages import (
 from kdhiera.stages.distill import DistillSummary, distill
 from kdhiera.stages.evaluate import EvaluateSummary, evaluate
 from kdhiera.stages.extract_teachers import ExtractSummary, extract
-from kdhiera.stages.show import clip_figures
+from kdhiera.stages.show import Kind, draw
 from kdhiera.training.metrics import read_metrics
 
 NUM_PICTURES = 2
+STUDENTS = {"hiera": "Hiera", "vit": "plain ViT"}
+PICTURED = (Kind.CLIPS, Kind.MASKS, Kind.AGREEMENT)
 
 Say = Callable[[str], None]
 Controls = Callable[[EvaluateSummary], tuple[Control, ...]]
@@ -64,7 +66,7 @@ def pretrain(
         say(evaluated.describe())
         if controls is not None:
             checks = controls(evaluated)
-    figures = clip_figures(config, num_clips=NUM_PICTURES, progress=progress)
+    drawing = draw(config, kinds=PICTURED, num_clips=NUM_PICTURES, progress=progress)
     data = ReportData(
         name=config.name,
         facts=_facts(config),
@@ -77,8 +79,7 @@ def pretrain(
         num_groups=evaluated.num_groups if evaluated else {},
         controls=checks,
         pictures=tuple(
-            Picture(caption=f"Clip {i + 1}: scores, mask and features", figure=figure)
-            for i, figure in enumerate(figures)
+            Picture(caption=drawn.caption, figure=drawn.figure) for drawn in drawing.pictures
         ),
     )
     path = write_report(Path(config.run_dir), data)
@@ -120,7 +121,7 @@ def _facts(config: RunConfig) -> dict[str, str]:
     clip, masks, o = config.clip, config.mask_schedule, config.objective
     facts = {
         "clip": f"{clip.num_frames} frames of {clip.height} x {clip.width} px",
-        "student": f"Hiera {config.student.size}",
+        "student": f"{STUDENTS[config.student.kind]} {config.student.size}",
         "masks": f"{masks.widest.strategy}, ratio {_ratios(masks)}, {config.views.num} views x "
         f"{masks.draws} draws",
         "objective": f"{o.kind} units, {o.loss} on {o.normalise} targets",

@@ -20,8 +20,9 @@ from kdhiera.data.shards import ShardIndex
 from kdhiera.errors import MismatchError
 from kdhiera.featurize import Featurizer
 from kdhiera.masking import MaskPlan
+from kdhiera.student.base import Student
+from kdhiera.student.build import build_student
 from kdhiera.student.export import load_exported
-from kdhiera.student.hiera import Student, build
 from kdhiera.teachers.build import build_teachers, check_teachers
 
 VERSIONED = ("torch", "timm", "transformers", "av", "decord", "pillow", "zarr", "numcodecs")
@@ -90,16 +91,16 @@ def exported_student(
 
     Raises:
         UsageError: If there is none.
-        MismatchError: If it was made for other clips or is of another size.
+        MismatchError: If it was made for other clips or is of another kind or size.
     """
     student = load_exported(folder, q_pool=q_pool, drop_path=drop_path)
-    wanted = build(config.student, config.clip.grid, seed=0).state_dict()
+    wanted = build_student(config.student, config.clip.grid, seed=0).backbone.state_dict()
     has = student.backbone.state_dict()
     same = {k: v.shape for k, v in has.items()} == {k: v.shape for k, v in wanted.items()}
     if student.grid != config.clip.grid or not same:
         g = student.grid
         raise MismatchError(
-            f"the student in {folder} is not the config's: it was made for clips of "
+            f"the student in {folder} is not the config's: it is a {student.kind} for clips of "
             f"{g.num_frames} x {g.height} x {g.width}; go back to its config (config.yaml beside "
             "it), or train again"
         )

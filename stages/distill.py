@@ -44,11 +44,13 @@ from kdhiera.progress import Progress, human_seconds
 from kdhiera.stages.assemble import decode_limits, featurizer_of
 from kdhiera.stages.statistics import statistics_of
 from kdhiera.storage import write_atomic
+from kdhiera.student.base import Student
+from kdhiera.student.build import build_student, default_taps
 from kdhiera.student.decoder import DecoderSpec, build_decoders
 from kdhiera.student.export import export
 from kdhiera.student.heads import HeadSpec, build_heads
-from kdhiera.student.hiera import Student, build, default_taps, depths_of
-from kdhiera.student.official import load_init, weights_sha256
+from kdhiera.student.initial import load_init
+from kdhiera.student.official import weights_sha256
 from kdhiera.teachers.build import warn_of_scores
 from kdhiera.training.batches import ClipSource
 from kdhiera.training.live import LIVE_ENCODING, LiveSource
@@ -58,6 +60,10 @@ from kdhiera.training.step import Predictor
 logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 128  # neighbours kept together in the sample order: one Zarr shard
+FREE_SETTINGS = (  # of `train`: they do not decide the weights that come out
+    "device", "log_every", "save_every", "keep_last", "prefetch", "num_threads",
+    "grad_checkpointing",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +127,11 @@ def distill(
     folder = Path(config.run_dir)
     if resume and not (folder / "checkpoints").is_dir():
         raise UsageError(f"--resume: there is no checkpoint in {folder}")
-    with open_source(config, None if overwrite else _begun_with(folder)) as opened:
+    with open_source(config, None if overwrite else begun_with(folder)) as opened:
         student, heads, specs = student_of(config, opened)
         _check_phases(config, num_steps(config.train, opened.source.num_samples))
         resolve_precision(config.train.precision, resolve_device(config.train.device))
-        identity = _identity(config, opened)
+        identity = identity_of(config, opened)
         with _locked(folder):
             if overwrite:
                 _clear(folder)
@@ -148,6 +154,26 @@ def distill(
         training=summary,
         export=str(folder / "export"),
     )
+
+
+def preflight(config: RunConfig) -> int:
+    """Steps of a run, after all that can be refused before training was asked for.
+
+    With live teachers the clips are counted, not decoded.
+
+    Raises:
+        UsageError, MismatchError: As `distill` does.
+    """
+    if config.cache.mode == "live":
+        _check_live(config)
+        shards = index_shards(expand(config.data.shards))
+        steps = num_steps(config.train, sum(len(shard.samples) for shard in shards))
+    else:
+        opened = open_cache(config)
+        student_of(config, opened)
+        steps = num_steps(config.train, opened.source.num_samples)
+    _check_phases(config, steps)
+    return steps
 
 
 def _check_phases(config: RunConfig, steps: int) -> None:
@@ -240,15 +266,8 @@ def open_source(config: RunConfig, snapshot: Snapshot | None) -> Iterator[Opened
     if config.cache.mode == "cached":
         yield open_cache(config, snapshot=snapshot)
         return
-    gaps = config.plan_gaps()
-    if gaps:
-        raise UsageError(f"objective asks for what `masks` does not plan: {'; '.join(gaps)}")
+    _check_live(config)
     layers = config.objective_layers
-    if config.objective.normalise in NEEDS_STATISTICS:
-        raise UsageError(
-            f"objective.normalise={config.objective.normalise} needs the statistics of a cache: "
-            "with cache.mode=live use layer_norm, l2 or none"
-        )
     device = resolve_device(config.train.device)
     with Sandbox(
         decode_limits(config.decode),
@@ -293,7 +312,19 @@ def open_source(config: RunConfig, snapshot: Snapshot | None) -> Iterator[Opened
         )
 
 
-def _begun_with(folder: Path) -> Snapshot | None:
+def _check_live(config: RunConfig) -> None:
+    """What live teachers cannot give."""
+    gaps = config.plan_gaps()
+    if gaps:
+        raise UsageError(f"objective asks for what `masks` does not plan: {'; '.join(gaps)}")
+    if config.objective.normalise in NEEDS_STATISTICS:
+        raise UsageError(
+            f"objective.normalise={config.objective.normalise} needs the statistics of a cache: "
+            "with cache.mode=live use layer_norm, l2 or none"
+        )
+
+
+def begun_with(folder: Path) -> Snapshot | None:
     """What the run in a folder reads of its cache, if it has come to a checkpoint."""
     return load_snapshot(folder) if any((folder / CHECKPOINTS).glob("step-*.pt")) else None
 
@@ -349,17 +380,16 @@ def student_of(config: RunConfig, opened: Opened) -> tuple[Student, Predictor, l
         UsageError: If a tap does not exist, or not every layer has one; if `student.init` cannot
             be loaded.
     """
-    grid = config.clip.grid
-    backbone = build(config.student, grid, seed=config.train.seed)
-    if config.student.init is not None:
-        load_init(backbone, config.student.init, grid)
-    specs = _targets(config, opened, depths_of(backbone))
-    student = Student(
-        backbone,
-        grid,
+    specs = _targets(config, opened)
+    student = build_student(
+        config.student,
+        config.clip.grid,
         sorted({s.tap for s in specs}),
+        seed=config.train.seed,
         grad_checkpointing=config.train.grad_checkpointing,
     )
+    if config.student.init is not None:
+        load_init(student, config.student.init)
     return student, _predictor(config, student, specs), specs
 
 
@@ -396,11 +426,12 @@ def _warn_of_copies(config: RunConfig) -> None:
             )
 
 
-def _targets(config: RunConfig, opened: Opened, depths: Sequence[int]) -> list[TargetSpec]:
+def _targets(config: RunConfig, opened: Opened) -> list[TargetSpec]:
     specs = []
     layer_weights = config.objective.layer_weights or {}
     for teacher, layers in config.objective_layers.items():
-        taps = (config.student.taps or {}).get(teacher) or default_taps(len(layers), depths)
+        named = (config.student.taps or {}).get(teacher)
+        taps = named or default_taps(config.student, len(layers))
         if len(taps) != len(layers):
             raise UsageError(
                 f"student.taps.{teacher} names {len(taps)} taps for {len(layers)} layers: name "
@@ -430,17 +461,15 @@ def _head(student: Student, spec: TargetSpec, config: StudentConfig) -> HeadSpec
     )
 
 
-def _identity(config: RunConfig, opened: Opened) -> dict[str, Any]:
+def identity_of(config: RunConfig, opened: Opened) -> dict[str, Any]:
     """What decides the weights that come out; paths, devices, memory and logging do not."""
-    free = {"device", "log_every", "save_every", "keep_last", "prefetch", "num_threads"}
-    free.add("grad_checkpointing")
     init = config.student.init
     identity = {
         "clip": config.clip.model_dump(mode="json"),
         "student": config.student.model_dump(mode="json", exclude={"init"}),
         "init": None if init is None else weights_sha256(init),
         "objective": config.objective.model_dump(mode="json"),
-        "train": config.train.model_dump(mode="json", exclude=free),
+        "train": config.train.model_dump(mode="json", exclude=set(FREE_SETTINGS)),
         "masks": asdict(config.mask_schedule),
         "views": config.views.num,
         "weights": {name: teacher.weight for name, teacher in config.teachers.items()},

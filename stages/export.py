@@ -8,6 +8,7 @@ from kdhiera.config import RunConfig
 from kdhiera.errors import UsageError
 from kdhiera.stages.assemble import exported_student
 from kdhiera.student.export import export_hiera
+from kdhiera.student.hiera import HieraStudent
 
 
 def export_original(config: RunConfig, out: Path | None) -> Path:
@@ -21,7 +22,7 @@ def export_original(config: RunConfig, out: Path | None) -> Path:
         What was written.
 
     Raises:
-        UsageError: If the run has no student yet, or `out` is a folder.
+        UsageError: If the run has no student yet, or one that is no Hiera, or `out` is a folder.
         MismatchError: If the run's student is not the config's.
         DamagedError: If the run's export cannot be read.
     """
@@ -31,5 +32,11 @@ def export_original(config: RunConfig, out: Path | None) -> Path:
     file = out or source / "hiera.pth"
     if file.is_dir():
         raise UsageError(f"--out {file} is a folder: name the .pth file to write")
-    export_hiera(exported_student(config, source), file)
+    student = exported_student(config, source)
+    if not isinstance(student, HieraStudent):
+        raise UsageError(
+            f"--to hiera: the student is a plain ViT (student.kind={student.kind}), which the "
+            f"original Hiera cannot load; {source} holds it as timm loads it"
+        )
+    export_hiera(student, file)
     return file

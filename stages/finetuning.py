@@ -24,7 +24,7 @@ from kdhiera.progress import Progress
 from kdhiera.stages.assemble import decode_limits
 from kdhiera.stages.clips import Place, clips_at
 from kdhiera.stages.labelled import Splits, Task, evaluation_policy, settings_of
-from kdhiera.student.hiera import Student
+from kdhiera.student.base import Student
 from kdhiera.views import CropPolicy, FramePolicy, ViewPolicy, stable_key
 
 logger = logging.getLogger(__name__)

@@ -42,7 +42,7 @@ from kdhiera.stages.labelled import (
     splits_to_arrays,
 )
 from kdhiera.storage import disk_errors
-from kdhiera.student.hiera import Student
+from kdhiera.student.base import Student
 
 logger = logging.getLogger(__name__)
 

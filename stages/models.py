@@ -20,7 +20,8 @@ from kdhiera.stages.frozen import FrozenModel, Model, student_model, teacher_mod
 from kdhiera.stages.jobs import TrainedModel
 from kdhiera.stages.labelled import Splits, Task, settings_of
 from kdhiera.storage import file_sha256
-from kdhiera.student.hiera import Student, build
+from kdhiera.student.base import Student
+from kdhiera.student.build import build_student
 from kdhiera.teachers.base import state_sha256
 
 STUDENT = "distilled student"
@@ -146,7 +147,7 @@ def _random_student(
     config: RunConfig, *, q_pool: int, seed: int, drop_path: float = 0.0
 ) -> Student:
     like = config.student.model_copy(update={"drop_path": drop_path})
-    return Student(build(like, config.clip.grid, q_pool=q_pool, seed=seed), config.clip.grid)
+    return build_student(like, config.clip.grid, q_pool=q_pool, seed=seed)
 
 
 def _random_identity(config: RunConfig, *, q_pool: int, seed: int) -> dict[str, object]:

@@ -10,8 +10,6 @@ import collections
 import contextlib
 import logging
 import os
-import secrets
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +21,7 @@ from kdhiera.config import RunConfig
 from kdhiera.devices import resolve_device
 from kdhiera.errors import DamagedError, KdhieraError, StoppedError, UsageError
 from kdhiera.stages.extract_worker import PartExtractor, PartResult, Task
+from kdhiera.stages.ray_session import ray_session
 
 logger = logging.getLogger(__name__)
 
@@ -76,57 +75,13 @@ def run_on_ray(
     A dead, hung or failing actor is replaced and its task tried again, at most
     `extract.max_attempts` times; the other tasks go on.
     """
-    _set_environment(config)
-    import ray
-
-    started_here = not ray.is_initialized()
-    if started_here:
-        _connect(config)
-    _require_room(config)
-    pool = _Pool(config, num_tasks=len(tasks), on_counts=on_counts)
-    try:
-        yield from pool.run(tasks, stop)
-    finally:
-        pool.close()
-        if started_here:
-            ray.shutdown()
-
-
-def _set_environment(config: RunConfig) -> None:
-    """What Ray reads when it is imported: a token for every caller, no usage reports."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if config.ray.address is None:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-
-
-def _connect(config: RunConfig) -> None:
-    """Join the cluster, or start Ray on this machine without a dashboard.
-
-    `ray.init` puts a SIGTERM handler of its own in place of ours: ours comes back.
-    """
-    import ray
-
-    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "configure_logging": False}
-    in_main = threading.current_thread() is threading.main_thread()
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)} if in_main else {}
-    try:
-        if config.ray.address is not None:
-            ray.init(address=config.ray.address, **quiet)
-        else:
-            cpus = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
-            ray.init(address="local", include_dashboard=False, num_cpus=cpus, **quiet)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise UsageError(
-            f"Ray at {config.ray.address or 'this machine'} cannot be reached ({reason}): correct "
-            "ray.address, export the cluster's RAY_AUTH_TOKEN (or RAY_AUTH_MODE=disabled where it "
-            "has none), or set ray.enabled=false"
-        ) from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with ray_session(config.ray):
+        _require_room(config)
+        pool = _Pool(config, num_tasks=len(tasks), on_counts=on_counts)
+        try:
+            yield from pool.run(tasks, stop)
+        finally:
+            pool.close()
 
 
 def _uses_gpu(config: RunConfig) -> bool:

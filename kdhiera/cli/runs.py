@@ -112,26 +112,43 @@ def evaluate(config: Config, overrides: Overrides = None, as_json: AsJson = Fals
 @command(
     "show",
     "kdhiera show configs/demo.yaml",
-    "kdhiera show configs/demo.yaml --clips 3 --out pictures",
+    "kdhiera show configs/demo.yaml --what masks,agreement --out slides",
+    "kdhiera show configs/demo.yaml --what clips --clips 5",
+    "kdhiera show configs/demo.yaml --what statuses --json",
     to=run_app,
 )
 def show(
     config: Config,
     overrides: Overrides = None,
+    what: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--what",
+            help="clips, masks, agreement, statuses: some of these, commas between; by default "
+            "all that there is material for.",
+        ),
+    ] = None,
     clips: Annotated[int, typer.Option("--clips", min=1, max=50, help="Clips to draw.")] = 2,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder; by default the run's pictures/.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Draw clips as PNG: frames, scores, mask, PCA of teacher and student features."""
+    """Draw the run as PNGs for a slide, and print their paths.
+
+    clips: frames, scores, mask, features of teachers and student. masks: what every strategy
+    and ratio shows. agreement: student against teachers, layer by layer. statuses: rows of the
+    cache, and samples that are not good. docs/show.md says how to read them.
+    """
     run = load(config, overrides)
     from kdhiera.progress import make_progress
+    from kdhiera.stages.show import parse_kinds
     from kdhiera.stages.show import show as run_show
 
+    kinds = parse_kinds(what or ())
     with make_progress() as progress:
-        paths = run_show(run, num_clips=clips, folder=out, progress=progress)
-    for path in paths:
-        typer.echo(str(path))
+        summary = run_show(run, kinds=kinds, num_clips=clips, folder=out, progress=progress)
+    emit(summary, summary.describe, as_json)
 
 
 @command(
@@ -156,3 +173,41 @@ def export(
 
     assert to is Form.HIERA
     typer.echo(str(export_original(run, out)))
+
+
+@command(
+    "ablate",
+    "kdhiera ablate configs/ablations/demo.yaml --dry-run",
+    "kdhiera ablate configs/ablations/demo.yaml",
+    "kdhiera ablate configs/ablations/demo.yaml seeds=[0,1,2] overrides.train.epochs=20",
+    to=run_app,
+)
+def ablate(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The ablation's YAML file.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all variants, print the plan and stop.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew over runs of other settings.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train and evaluate many variants over one cache; one table, plots and a report.
+
+    All variants are checked against the cache before the first starts. Stopped or killed, the
+    same command goes on; finished runs are not run again, and a failed one stops no other.
+    """
+    from kdhiera.pipelines.ablate import ablate as run_ablation
+    from kdhiera.progress import make_progress
+
+    with make_progress() as progress:
+        summary = run_ablation(
+            config,
+            overrides or (),
+            progress=progress,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            on_plan=lambda plan: typer.echo(plan.describe(), err=as_json),
+        )
+    emit(summary, summary.describe, as_json)

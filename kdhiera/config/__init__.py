@@ -5,6 +5,7 @@ with the nearest valid key in the message. Paths stay as written, relative to th
 the command runs in.
 """
 
+from kdhiera.config.cache import RayConfig
 from kdhiera.config.evaluation import EvaluateConfig
 from kdhiera.config.loading import dump, load
 from kdhiera.config.run import RunConfig
@@ -16,6 +17,7 @@ __all__ = [
     "DecodeConfig",
     "EvaluateConfig",
     "ObjectiveConfig",
+    "RayConfig",
     "RunConfig",
     "ScoresConfig",
     "StudentConfig",

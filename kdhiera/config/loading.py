@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -27,6 +27,33 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         UsageError: With one sentence: the file is not there or no YAML, a key is unknown
             (the nearest valid one is named), or a value is wrong.
     """
+    raw = read_raw(path)
+    for override in overrides:
+        apply(raw, override)
+    return parse_run(raw, str(path))
+
+
+def parse_run(raw: Mapping[str, Any], where: str) -> RunConfig:
+    """A run from plain values.
+
+    Args:
+        raw: Sections by name.
+        where: Begins the message when something is wrong.
+
+    Raises:
+        UsageError: With one sentence.
+    """
+    config = parse(RunConfig, raw, where)
+    _refuse_secrets(config)
+    return config
+
+
+def read_raw(path: str | Path) -> dict[str, Any]:
+    """Plain values of a YAML file that holds a mapping.
+
+    Raises:
+        UsageError: If there is no such file, or it holds something else.
+    """
     file = Path(path)
     if not file.is_file():
         raise UsageError(f"no config file at {file}: name an existing YAML file")
@@ -36,14 +63,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UsageError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{file} must hold a mapping of sections, got {type(raw).__name__}")
-    for override in overrides:
-        _apply(raw, override)
+    return raw
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def parse(model: type[_Model], raw: Mapping[str, Any], where: str) -> _Model:
+    """A model from plain values; see `parse_run`."""
     try:
-        config = RunConfig.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        raise UsageError(f"{file}: {_explain(error)}") from None
-    _refuse_secrets(config)
-    return config
+        raise UsageError(f"{where}: {_explain(error, model)}") from None
 
 
 def dump(config: RunConfig) -> str:
@@ -62,7 +93,16 @@ def _refuse_secrets(config: RunConfig) -> None:
             refuse_secrets(address, what)
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def apply(raw: dict[str, Any], override: str) -> None:
+    """Set one value, in place.
+
+    Args:
+        raw: Sections by name.
+        override: `key.sub=value`; the value is parsed as YAML.
+
+    Raises:
+        UsageError: If it does not read so, or a part of the key is a value.
+    """
     key, found, value = override.partition("=")
     if not found or not key:
         raise UsageError(f"override {override!r} must read key.sub=value, such as train.epochs=50")
@@ -70,27 +110,33 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
         raise UsageError(f"override {override!r}: the value is not valid YAML") from None
+    assign(raw, key, parsed)
+
+
+def assign(raw: dict[str, Any], key: str, value: object) -> None:
+    """Set the value of a dotted key, in place; see `apply`."""
     node = raw
     *parents, leaf = key.split(".")
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise UsageError(f"override {override!r}: {parent} is a value, not a section")
+            raise UsageError(f"override {key!r}: {parent} is a value, not a section")
         node = child
-    node[leaf] = parsed
+    node[leaf] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     """All problems in one line, unknown keys with their nearest valid neighbour."""
     lines = []
     for item in error.errors():
         where = ".".join(str(p) for p in item["loc"]) or "config"
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(
-                str(item["loc"][-1]), _valid_keys(item["loc"][:-1]), n=1, cutoff=0.5
+                str(item["loc"][-1]), _valid_keys(model, item["loc"][:-1]), n=1, cutoff=0.5
             )
             prefix = "".join(f"{p}." for p in item["loc"][:-1])
-            hint = f"; did you mean `{prefix}{near[0]}`?" if near else _list_keys(item["loc"][:-1])
+            valid = _list_keys(model, item["loc"][:-1])
+            hint = f"; did you mean `{prefix}{near[0]}`?" if near else valid
             lines.append(f"unknown key `{where}`{hint}")
         elif item["type"] == "missing":
             lines.append(f"`{where}` is required")
@@ -102,14 +148,14 @@ def _explain(error: ValidationError) -> str:
     return "; ".join(lines)
 
 
-def _list_keys(loc: tuple[int | str, ...]) -> str:
-    keys = _valid_keys(loc)
+def _list_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    keys = _valid_keys(model, loc)
     return f"; valid here: {', '.join(keys)}" if keys else ""
 
 
-def _valid_keys(loc: tuple[int | str, ...]) -> list[str]:
+def _valid_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """Field names of the section at `loc` (mapping levels, such as a teacher's name, pass)."""
-    section: type[BaseModel] | None = RunConfig
+    section: type[BaseModel] | None = model
     for part in loc:
         if section is None:
             return []

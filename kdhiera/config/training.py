@@ -25,20 +25,24 @@ class DecoderConfig(Section):
 
 
 class StudentConfig(Section):
-    """The masked 3-D Hiera.
+    """The student that is trained.
 
     Attributes:
-        size: Named size; see `kdhiera.student.hiera`.
+        kind: `hiera`, the masked 3-D Hiera; or `vit`, a plain ViT to compare it with.
+        size: Named size; those of a `vit` cost as many multiply-accumulates as the Hiera of
+            the same name. See `kdhiera.student.hiera` and `kdhiera.student.vit`.
         drop_path: Rate of the last block, rising linearly from 0.
-        taps: Where heads read, by teacher, one for every layer in order: `stageN.mid`, `stageN.end`
-            or `block:N`; None spreads a teacher's layers over backbone stages 3 and 4.
+        taps: Where heads read, by teacher, one for every layer in order: `block:N`, or of a Hiera
+            `stageN.mid` and `stageN.end` too; None spreads a teacher's layers over backbone
+            stages 3 and 4, or over the depth of a `vit`.
         head: `linear`, or `mlp` with one hidden layer.
         mix: Every head reads a learned mix of all taps that are named (MaskAlign).
         decoder: What `objective.kind: masked` predicts hidden units with.
-        init: Weights to start from: an official Hiera video checkpoint, or an export; None
-            starts from the seed.
+        init: Weights to start from: an official Hiera video checkpoint, or an export of the same
+            kind; None starts from the seed.
     """
 
+    kind: Literal["hiera", "vit"] = "hiera"
     size: Literal["nano", "tiny", "small", "base", "base_plus", "large", "huge"] = "base"
     drop_path: Fraction = 0.1
     taps: Mapping[str, tuple[str, ...]] | None = None

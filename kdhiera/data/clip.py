@@ -80,6 +80,8 @@ class ClipRequest:
         policy: What the view is drawn from; its size is the clip's.
         replay: Exactly this view instead of a drawn one.
         replay_decoder: Exactly this decoder, as recorded with the view.
+        salvage: Give those frames of the view that can be had, at least one, instead of failing
+            for one that cannot: to look at a bad video, never to train on it.
     """
 
     uid: str
@@ -87,6 +89,7 @@ class ClipRequest:
     policy: ViewPolicy
     replay: ClipView | None = None
     replay_decoder: str | None = None
+    salvage: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

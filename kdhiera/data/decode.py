@@ -103,10 +103,12 @@ def decode_clip(data: bytes, request: ClipRequest, limits: DecodeLimits) -> Clip
     if backend not in BACKENDS:
         raise UsageError(f"decode.backend {backend!r} is unknown: use one of {[*BACKENDS]}")
     decode = BACKENDS[backend]
-    with open_video(data, limits) as video:
+    with open_video(data, limits, salvage=request.salvage) as video:
         there: Sequence[int] = range(video.info.num_frames)
         view = request.replay or _draw(video.info, request, there)
         _check_replay(view, video.info)
+        if request.salvage:
+            view = _decodable(decode, video, view)
         frames, missing = _fill(decode, video, view, request.policy)
         if missing and request.replay is None:
             there = video.decodable()
@@ -149,6 +151,20 @@ def _check_replay(view: ClipView, info: VideoInfo) -> None:
             f"the view (crop {view.crop}, frames {view.frame_indices}) does not fit this video "
             f"({info.height}x{info.width} px, {info.num_frames} frames)",
         )
+
+
+def _decodable(decode: Decoder, video: Video, view: ClipView) -> ClipView:
+    """The view with only those frames that come out, each decoded by itself."""
+    there: list[int] = []
+    flaw: ClipError | None = None
+    for index in view.frame_indices:
+        try:
+            there += [found for found, _ in decode(video, [index])]
+        except ClipError as error:
+            flaw = flaw or error
+    if not there:
+        raise flaw or damaged(view.frame_indices[0], "it never comes out of the decoder")
+    return replace(view, frame_indices=tuple(there))
 
 
 def _fill(

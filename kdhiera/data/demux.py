@@ -70,9 +70,15 @@ def video_stream(file: InputContainer) -> VideoStream:
 
 
 def read_packets(
-    file: InputContainer, stream: VideoStream, limits: DecodeLimits
+    file: InputContainer, stream: VideoStream, limits: DecodeLimits, *, whole: bool = True
 ) -> list[Packet[VideoStream]]:
     """All packets of a stream that hold something, in decode order.
+
+    Args:
+        file: The opened file.
+        stream: One of its streams.
+        limits: Bounds on what it may claim.
+        whole: Whether a file that is cut short is refused.
 
     Raises:
         ClipError: `decode_limit` if the headers claim too much, `decode_error` if they
@@ -82,7 +88,8 @@ def read_packets(
     packets: list[Packet[VideoStream]] = []
     with suppress(IndexError):  # PyAV's flush at the end, if streams came up on the way
         packets += (packet for packet in file.demux(stream) if packet.size)
-    _check_whole(stream, file.size)
+    if whole:
+        _check_whole(stream, file.size)
     return packets
 
 

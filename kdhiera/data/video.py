@@ -84,13 +84,14 @@ class Video:
     Args:
         data: The whole encoded video.
         limits: Bounds on what it may be.
+        salvage: Take a file that is cut short for what is left of it.
 
     Raises:
         ClipError: `decode_error` or `decode_limit`.
         av.error.FFmpegError: If FFmpeg cannot read the file.
     """
 
-    def __init__(self, data: bytes, limits: DecodeLimits) -> None:
+    def __init__(self, data: bytes, limits: DecodeLimits, *, salvage: bool = False) -> None:
         self.data = data
         self._limits = limits
         self._errors: list[str] = []
@@ -98,7 +99,7 @@ class Video:
         try:
             stream = video_stream(self._file)
             self._codec = stream.codec_context
-            self._packets = read_packets(self._file, stream, limits)
+            self._packets = read_packets(self._file, stream, limits, whole=not salvage)
             self._prepare(stream, sniff(data))
         except BaseException:
             self._file.close()
@@ -305,12 +306,13 @@ class Video:
 
 
 @contextmanager
-def open_video(data: bytes, limits: DecodeLimits) -> Iterator[Video]:
+def open_video(data: bytes, limits: DecodeLimits, *, salvage: bool = False) -> Iterator[Video]:
     """A demuxed video to decode from; what FFmpeg raises meanwhile is put in words.
 
     Args:
         data: The whole encoded video.
         limits: Bounds on what it may be.
+        salvage: Take a file that is cut short for what is left of it.
 
     Yields:
         The video, open until the block ends.
@@ -322,7 +324,7 @@ def open_video(data: bytes, limits: DecodeLimits) -> Iterator[Video]:
     av.logging.set_level(av.logging.DEBUG)
     av.logging.set_skip_repeated(False)
     try:
-        with Capture() as log, closing(Video(data, limits)) as video:
+        with Capture() as log, closing(Video(data, limits, salvage=salvage)) as video:
             yield video
     except MemoryError as error:  # FFmpeg's is one too
         words = f"decoding needs more than decode.max_memory_bytes ({limits.max_memory_bytes})"

@@ -61,6 +61,20 @@ def bootstrap_interval(
         UsageError: If there is no clip.
     """
     data = np.asarray(values, dtype=np.float64)
+    means = bootstrap_means(data, groups, resamples=resamples, seed=seed)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value=float(data.mean()), low=float(low), high=float(high))
+
+
+def bootstrap_means(
+    values: Shaped[np.ndarray, " n"],
+    groups: Sequence[Shaped[np.ndarray, " n"]],
+    *,
+    resamples: int,
+    seed: int,
+) -> Float[np.ndarray, " draws"]:
+    """Means of the draws that hit a clip at all; see `bootstrap_interval`."""
+    data = np.asarray(values, dtype=np.float64)
     if not len(data):
         raise UsageError("there is no test clip to estimate an accuracy from: check evaluate.test")
     means = []
@@ -68,8 +82,7 @@ def bootstrap_interval(
         total = weights.sum(1)
         drawn = total > 0  # where factors are sparsely crossed a draw may hit no clip at all
         means.append((weights @ data)[drawn] / total[drawn])
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value=float(data.mean()), low=float(low), high=float(high))
+    return np.concatenate(means)
 
 
 def bootstrap_difference(

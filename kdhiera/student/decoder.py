@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from kdhiera.grid import TOKENS_PER_UNIT, Grid
 from kdhiera.student.heads import Aligner, Head, HeadSpec
+from kdhiera.student.positions import positions
 
 HEAD_WIDTH = 64  # channels of an attention head
 _NORM = partial(nn.LayerNorm, eps=1e-6)
-_LONGEST = 10_000.0  # of the wavelengths of positions, over 2 pi, in tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,28 +49,6 @@ class DecoderSpec:
     width: int
     depth: int
     head: Literal["linear", "mlp"] = "linear"
-
-
-def positions(grid: Grid, width: int) -> Float[Tensor, "u 4 c"]:
-    """Sines and cosines of a token's place along time, height and width.
-
-    A sixth of the channels each, of wavelengths in geometric progression (arXiv:1706.03762,
-    section 3.5, along three axes); channels that six does not divide stay zero.
-
-    Args:
-        grid: Clip geometry.
-        width: Channels.
-    """
-    count = width // 6
-    rates = _LONGEST ** (-torch.arange(count, dtype=torch.float64) / count)
-    places = torch.meshgrid(
-        *(torch.arange(n, dtype=torch.float64) for n in grid.tokens), indexing="ij"
-    )
-    angles = [place[..., None] * rates for place in places]
-    waves = torch.cat([wave(a) for a in angles for wave in (torch.sin, torch.cos)], dim=-1)
-    padded = nn.functional.pad(waves, (0, width - waves.shape[-1]))
-    units: Tensor = grid.tokens_to_units(padded[None])[0].float()
-    return units
 
 
 class Decoder(nn.Module):

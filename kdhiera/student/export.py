@@ -1,6 +1,6 @@
 """A trained student as three files that timm and safetensors alone can load.
 
-config.json         arguments of `timm.models.hiera.Hiera`, clip size, pixel scaling
+config.json         kind of student, arguments of its timm class, clip size, pixel scaling
 model.safetensors   its weights, float32
 README.md           what it is and how to load it
 
@@ -18,53 +18,26 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from timm.models.hiera import Hiera
+from timm.models.vision_transformer import VisionTransformer
 
 from kdhiera import __version__
 from kdhiera.config import StudentConfig
 from kdhiera.errors import DamagedError, UsageError
 from kdhiera.grid import Grid
 from kdhiera.storage import atomic_file, write_atomic
-from kdhiera.student.hiera import IMAGENET_MEAN, IMAGENET_STD, Student, hiera_args
+from kdhiera.student.base import IMAGENET_MEAN, IMAGENET_STD, Student
+from kdhiera.student.card import model_card
+from kdhiera.student.hiera import HieraStudent, hiera_args
 from kdhiera.student.official import CLIP, STATE, official_names
+from kdhiera.student.vit import VitStudent, vit_args
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
 
-_CARD = """# {name}
-
-A {size} Hiera ({parameters:,} parameters) for clips of {num_frames} frames, {height} x {width} px,
-pre-trained by distillation with kdhiera {version}. It returns {width_out} pooled features a clip.
-
-```python
-import json
-
-import torch
-from safetensors.torch import load_file
-from timm.models.hiera import Hiera
-
-with open("config.json") as file:
-    config = json.load(file)
-model = Hiera(**config["model_args"])
-model.load_state_dict(load_file("model.safetensors"))
-model.eval()
-
-clips = torch.zeros(1, {num_frames}, {height}, {width}, 3, dtype=torch.uint8)  # RGB
-mean, std = torch.tensor(config["pixels"]["mean"]), torch.tensor(config["pixels"]["std"])
-pixels = ((clips / 255 - mean) / std).permute(0, 4, 1, 2, 3)
-with torch.no_grad():
-    features = model(pixels)  # [1, {width_out}]
-```
-
-The same weights load with `q_pool=3`, Hiera's own setting for fine-tuning; pooled features of the
-two differ, and these were pre-trained with `q_pool={q_pool}`. The final norm was not trained.
-
-## Made from
-
-```json
-{provenance}
-```
-"""
+# how the normalised clip `[b, f, y, x, c]` is laid out for the backbone, f: frames of a slot
+_HIERA_PIXELS = "b c t h w"
+_VIT_PIXELS = "b (f c) (t h) w"
 
 
 def export(
@@ -84,35 +57,30 @@ def export(
         name: Title of the model card.
         provenance: JSON values that say where the weights come from (teachers, data, run).
     """
-    backbone, grid = student.backbone, student.grid
+    grid = student.grid
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
+    state = student.backbone.state_dict()
+    weights = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     content = {
-        "architecture": "timm.models.hiera.Hiera",
-        "model_args": hiera_args(config, grid, q_pool=backbone.q_pool),
+        "kind": student.kind,
+        **_built_as(student, config),
         CLIP: _clip(grid),
-        "pixels": {"layout": "b c t h w", "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
         "size": config.size,
         "provenance": {"kdhiera": __version__, **provenance},
     }
-    card = _CARD.format(
+    card = model_card(
+        student,
         name=name,
         size=config.size,
         parameters=sum(value.numel() for value in weights.values()),
-        num_frames=grid.num_frames,
-        height=grid.height,
-        width=grid.width,
-        version=__version__,
-        width_out=student.num_features,
-        q_pool=backbone.q_pool,
-        provenance=json.dumps(content["provenance"], indent=2),
+        provenance=content["provenance"],
     )
     write_atomic(folder / WEIGHTS, save(weights))
     write_atomic(folder / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
     write_atomic(folder / CARD, card.encode())
 
 
-def export_hiera(student: Student, path: Path) -> None:
+def export_hiera(student: HieraStudent, path: Path) -> None:
     """Write a student's backbone as a checkpoint of the original Hiera.
 
     The names are the original's (`kdhiera.student.official`), nested under `model_state`, with
@@ -138,12 +106,13 @@ def load_exported(
 
     Args:
         folder: Where `export` wrote.
-        q_pool: 3 for fine-tuning as Hiera does; None keeps what pre-training used.
+        q_pool: 3 for fine-tuning as Hiera does; None keeps what pre-training used. A plain ViT
+            pools no queries and ignores it.
         drop_path: Rate of the last block; None keeps what pre-training used.
 
     Returns:
-        In evaluation mode on the CPU, read at `stage4.end`; its `backbone` is the timm
-        Hiera.
+        In evaluation mode on the CPU, read after its last block; its `backbone` is the timm
+        model.
 
     Raises:
         UsageError: If a file is missing.
@@ -157,20 +126,49 @@ def load_exported(
             )
     try:
         content = json.loads((folder / CONFIG).read_text())
-        arguments = dict(content["model_args"])
-        grid = Grid(**content[CLIP])
-        if q_pool is not None:
-            arguments["q_pool"] = q_pool
-        if drop_path is not None:
-            arguments["drop_path_rate"] = drop_path
-        backbone = Hiera(**arguments)
-        backbone.load_state_dict(load((folder / WEIGHTS).read_bytes()))
+        student = _empty(content, Grid(**content[CLIP]), q_pool, drop_path)
+        student.backbone.load_state_dict(load((folder / WEIGHTS).read_bytes()))
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DamagedError(
             f"the export in {folder} cannot be loaded ({reason}): export the run again"
         ) from error
-    return Student(backbone, grid).eval()
+    return student.eval()
+
+
+def _built_as(student: Student, config: StudentConfig) -> dict[str, Any]:
+    """The timm class, its arguments and its pixels."""
+    pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    if isinstance(student, VitStudent):
+        return {
+            "architecture": "timm.models.vision_transformer.VisionTransformer",
+            "model_args": vit_args(config, student.grid),
+            "pixels": {"layout": _VIT_PIXELS, **pixels},
+        }
+    return {
+        "architecture": "timm.models.hiera.Hiera",
+        "model_args": hiera_args(config, student.grid, q_pool=student.backbone.q_pool),
+        "pixels": {"layout": _HIERA_PIXELS, **pixels},
+    }
+
+
+def _empty(
+    content: Mapping[str, Any], grid: Grid, q_pool: int | None, drop_path: float | None
+) -> Student:
+    """What `_built_as` described, without its weights."""
+    arguments = dict(content["model_args"])
+    if drop_path is not None:
+        arguments["drop_path_rate"] = drop_path
+    kind = content.get("kind", "hiera")  # the first exports named none
+    if kind == "vit":
+        backbone = VisionTransformer(**arguments)
+        backbone.pos_embed.requires_grad_(False)  # fixed, as `vit.build` makes it
+        return VitStudent(backbone, grid)
+    if kind != "hiera":
+        raise ValueError(f"unknown kind of student {kind!r}")
+    if q_pool is not None:
+        arguments["q_pool"] = q_pool
+    return HieraStudent(Hiera(**arguments), grid)
 
 
 def _clip(grid: Grid) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The student: timm's Hiera in 3-D, fed with nothing but the visible mask units.
+"""The Hiera student: timm's Hiera in 3-D, fed with nothing but the visible mask units.
 
 A mask unit is 2 frames x 32 x 32 px, 8 x 8 student tokens of 4 x 4 px. With `q_pool=2`
 the backbone stages carry 64, 16, 4 and 4 tokens a unit, so stages 3 and 4 match the
@@ -24,25 +24,23 @@ patch embedding is not computed.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from timm.models.hiera import Hiera
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from kdhiera.config import StudentConfig
 from kdhiera.errors import UsageError
 from kdhiera.grid import TUBELET_FRAMES, UNIT_PX, Grid
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from kdhiera.student.base import Student, block_number
 
 # Official sizes from tiny upward (arXiv:2306.00989, Table 1); nano is ours, for CPUs.
 SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -57,8 +55,6 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 
 PATCH_HALO_PX = 3  # the kernel's reach above and to the left of a unit
 PATCH_HALO_FRAMES = 1  # and before it
-
-Pool = Literal["mean", "slots"]
 
 
 def hiera_args(config: StudentConfig, grid: Grid, *, q_pool: int = 2) -> dict[str, Any]:
@@ -141,114 +137,48 @@ def tap_block(tap: str, depths: Sequence[int]) -> int:
         stage = int(name[5:]) - 1
         done = depths[stage] if place == "end" else math.ceil(depths[stage] / 2)
         return sum(depths[:stage]) + done
-    prefix, _, number = tap.partition(":")
-    if prefix == "block" and number.isdecimal() and 1 <= int(number) <= sum(depths):
-        return int(number)
+    number = block_number(tap, sum(depths))
+    if number is not None:
+        return number
     raise UsageError(
         f"there is no tap `{tap}`: use stage1.mid, stage1.end, ... stage4.end, or block:1 to "
         f"block:{sum(depths)}"
     )
 
 
-def normalise_pixels(pixels: UInt8[Tensor, "*any 3"]) -> Float[Tensor, "*any 3"]:
-    """RGB bytes to what the student sees: scaled to 0..1, ImageNet mean and deviation."""
-    scale, shift = (constant.to(pixels.device) for constant in _pixel_scaling())
-    return torch.addcmul(shift, pixels.float(), scale)
-
-
-def _pixel_scaling() -> tuple[Tensor, Tensor]:
-    """Per channel (1 / (255 std), -mean / std)."""
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    return 1 / (255.0 * std), -mean / std
-
-
-class Student(nn.Module):
+class HieraStudent(Student):
     """A Hiera that is shown visible units and read at taps.
 
-    Args:
-        backbone: From `build`, or an equal `timm.models.hiera.Hiera`.
-        grid: Clip geometry the backbone was built for.
-        taps: Names of the taps that `forward` returns; see `tap_block`.
-        grad_checkpointing: Compute blocks again in the backward pass instead of keeping what
-            they computed; drop-path draws the same again.
+    Its masked forward equals `Hiera.forward_features(clip, mask=...)` of the whole normalised
+    clip: to rounding (the patch embedding sums in another order), independent of what the
+    hidden units hold. A tap has 64, 16, 4, 4 tokens a unit in the four backbone stages (at
+    `q_pool=2`). Its names: see `tap_block`.
 
-    Raises:
-        UsageError: If a tap does not exist.
+    Its backbone comes from `build`, or is an equal `timm.models.hiera.Hiera`.
     """
 
-    def __init__(
-        self,
-        backbone: Any,
-        grid: Grid,
-        taps: Sequence[str] = ("stage4.end",),
-        *,
-        grad_checkpointing: bool = False,
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.grad_checkpointing = grad_checkpointing
-        self.grid = grid
-        self.depths = depths_of(backbone)
-        self.taps = {tap: tap_block(tap, self.depths) for tap in taps}
-        scale, shift = _pixel_scaling()
-        self.register_buffer("pixel_scale", scale, persistent=False)
-        self.register_buffer("pixel_shift", shift, persistent=False)
+    kind = "hiera"
 
     @property
-    def num_features(self) -> int:
-        """Width of the last backbone stage."""
-        return int(self.backbone.num_features)
+    def last_tap(self) -> str:
+        """End of backbone stage 4."""
+        return "stage4.end"
+
+    def tap_block(self, tap: str) -> int:
+        """See the function `tap_block`."""
+        return tap_block(tap, depths_of(self.backbone))
+
+    def block_name(self, number: int) -> str:
+        """With its backbone stage."""
+        ends = list(itertools.accumulate(depths_of(self.backbone)))
+        stage = next(i for i, end in enumerate(ends) if number <= end) + 1
+        return f"block {number} (stage {stage})"
 
     def tap_shape(self, tap: str) -> tuple[int, int]:
         """Tokens a unit and width at a tap."""
-        block = tap_block(tap, self.depths) - 1
+        block = self.tap_block(tap) - 1
         schedule, _ = self.backbone.reroll.schedule[block]
         return math.prod(math.prod(stride) for stride in schedule), self._width(block)
-
-    def forward(
-        self, pixels: UInt8[Tensor, "b k 2 32 32 3"], units: Int[Tensor, "b k"]
-    ) -> dict[str, Float[Tensor, "b k n c"]]:
-        """Features of the visible units at the taps.
-
-        Equals `Hiera.forward_features(clip, mask=...)` of the whole normalised clip: to
-        rounding (the patch embedding sums in another order), independent of what the
-        hidden units hold.
-
-        Args:
-            pixels: RGB of the visible units.
-            units: Their numbers, ascending and distinct in every row; the same count in
-                every row.
-
-        Returns:
-            By tap: tokens of every unit in raster order, `n` = 64, 16, 4, 4 in the four
-            backbone stages (at `q_pool=2`).
-
-        Raises:
-            ValueError: If pixels and units do not belong together.
-            RuntimeError: If a row is padded, repeats a unit or is out of order; on a CUDA device
-                that is a device-side assertion.
-        """
-        self._check(pixels, units)
-        windows = self._windows(self._normalise(pixels), units)
-        tokens = self._embed(windows, units)
-        return self._read(tokens, units)
-
-    def features(
-        self, clips: UInt8[Tensor, "b f y x 3"], *, pool: Pool = "mean"
-    ) -> Float[Tensor, "b c"]:
-        """Pooled features of whole clips, for frozen evaluation.
-
-        Args:
-            clips: RGB clips of the student's grid.
-            pool: `mean` over all tokens of the last block, then the backbone's final norm
-                (what timm's `Hiera.forward` returns without a classifier);
-                `slots` does so within every slot and concatenates the slots in order, so
-                that a readout can tell a movement from its reverse.
-
-        Returns:
-            Width `num_features` for `mean`, `slots` times that for `slots`.
-        """
-        return self.pool(self.dense(clips), pool)
 
     def dense(
         self, clips: UInt8[Tensor, "b f y x 3"] | Float[Tensor, "b f y x 3"]
@@ -261,38 +191,6 @@ class Student(nn.Module):
             tokens = self._run(block, tokens)
         rolled: Tensor = backbone.reroll(tokens, len(backbone.blocks) - 1)
         return rolled
-
-    def pool(self, tokens: Float[Tensor, "b t h w c"], pool: Pool) -> Float[Tensor, "b d"]:
-        """Pool what `dense` gives; see `features`."""
-        axes = (1, 2, 3) if pool == "mean" else (2, 3)
-        pooled: Tensor = self.backbone.head.norm(tokens.mean(axes))
-        return pooled.flatten(1)
-
-    def _check(self, pixels: Tensor, units: Tensor) -> None:
-        """Rows of different counts can only come padded; a padded row would mix silently."""
-        if pixels.shape[:2] != units.shape:
-            raise ValueError(
-                f"pixels of {tuple(pixels.shape[:2])} (clips, units) do not belong to units of "
-                f"{tuple(units.shape)}"
-            )
-        ascending = (units.diff(dim=1) > 0).all()
-        inside = (units[:, 0] >= 0).all() & (units[:, -1] < self.grid.num_units).all()
-        torch._assert_async(  # no wait for the device
-            ascending & inside,
-            "units must ascend without repeats in every row, the same count in each, none padded",
-        )
-
-    def _run(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        if self.grad_checkpointing:
-            again: Tensor = checkpoint(block, tokens, use_reentrant=False)
-            return again
-        done: Tensor = block(tokens)
-        return done
-
-    def _normalise(self, pixels: Tensor) -> Tensor:
-        """`normalise_pixels` with constants that are on the device already."""
-        scale, shift = self.get_buffer("pixel_scale"), self.get_buffer("pixel_shift")
-        return torch.addcmul(shift, pixels.float(), scale)
 
     def _windows(self, pixels: Tensor, units: Tensor) -> Tensor:
         """Every visible unit with its halo, `[b k, 3, 3, 35, 35]`; zero where hidden."""
@@ -324,13 +222,14 @@ class Student(nn.Module):
             windows[(slice(None), slice(None), *into)] = slab[rows_of.flatten()]
         return windows
 
-    def _embed(self, windows: Tensor, units: Tensor) -> Tensor:
+    def _embed(self, pixels: Tensor, units: Tensor) -> Tensor:
         """Patch and position embedding in Hiera's unrolled order, `[b, 64 k, c]`.
 
         A window holds exactly the frames of one output slot, so the 3-D convolution is a
         2-D one over 3 x 3 channels.
         """
         b = len(units)
+        windows = self._windows(pixels, units)
         proj = self.backbone.patch_embed.proj
         tokens = F.conv2d(
             windows.flatten(1, 2), proj.weight.flatten(1, 2), proj.bias, stride=proj.stride[1:]
@@ -349,16 +248,14 @@ class Student(nn.Module):
         placed = tokens + rearrange(shown, "b k (n c) -> b n k c", c=tokens.shape[-1])
         return placed.reshape(b, -1, placed.shape[-1])
 
-    def _read(self, tokens: Tensor, units: Tensor) -> dict[str, Tensor]:
-        """Run the blocks up to the last tap and regroup each tap unit by unit."""
+    def _by_unit(self, tokens: Tensor, block: int, units: Tensor) -> Tensor:
         b, k = units.shape
-        by_block: dict[int, Tensor] = {}
-        for index, block in enumerate(self.backbone.blocks[: max(self.taps.values())]):
-            tokens = self._run(block, tokens)
-            if index + 1 in self.taps.values():
-                rolled = self.backbone.reroll(tokens, index, mask=units)
-                by_block[index + 1] = rolled.reshape(b, k, -1, rolled.shape[-1])
-        return {tap: by_block[block] for tap, block in self.taps.items()}
+        rolled: Tensor = self.backbone.reroll(tokens, block, mask=units)
+        return rolled.reshape(b, k, -1, rolled.shape[-1])
+
+    def _final_norm(self, pooled: Tensor) -> Tensor:
+        normed: Tensor = self.backbone.head.norm(pooled)
+        return normed
 
     @property
     def _num_tokens(self) -> int:
@@ -366,23 +263,6 @@ class Student(nn.Module):
 
     def _width(self, block: int) -> int:
         return int(self.backbone.blocks[block].attn.dim_out)
-
-
-def set_fused_attention(module: nn.Module, fused: bool) -> None:
-    """Choose between torch's fused attention and plain matrix products; same result.
-
-    The fused kernel's backward pass is slow in bf16 on CPUs: a training step of the nano
-    student on 64 clips of 12 visible units took 1013 ms of CPU time with it and 655 ms
-    with plain products (AVX512-BF16 and AMX, torch 2.14).
-
-    Args:
-        module: With attention of timm's anywhere inside.
-        fused: Whether it calls `scaled_dot_product_attention`.
-    """
-    part: Any
-    for part in module.modules():
-        if hasattr(part, "fused_attn"):
-            part.fused_attn = fused
 
 
 def depths_of(backbone: Any) -> tuple[int, ...]:

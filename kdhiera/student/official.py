@@ -36,6 +36,7 @@ from kdhiera.errors import UsageError
 from kdhiera.grid import UNIT_PX, Grid
 from kdhiera.storage import file_sha256
 from kdhiera.student.hiera import SIZES
+from kdhiera.student.vit import is_vit
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_init(backbone: Any, path: str, grid: Grid) -> None:
-    """Load a checkpoint into a backbone; what was left out or resampled is logged.
+    """Load a checkpoint into a Hiera; what was left out or resampled is logged.
 
     Position embeddings of another clip size are resampled; see `resample_positions`.
 
@@ -87,7 +88,7 @@ def load_init(backbone: Any, path: str, grid: Grid) -> None:
         UsageError: If the file is missing, cannot be read, or holds another model.
     """
     file = weights_file(path)
-    found, clip = _read(file)
+    found, clip = read_weights(file)
     state = timm_names(found)
     _check_video(state, path)
     own = backbone.state_dict()
@@ -205,8 +206,12 @@ def _source_size(
     )
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, int] | None]:
-    """A state dict as it is in the file, and the clip size if something says which."""
+def read_weights(file: Path) -> tuple[dict[str, Tensor], Mapping[str, int] | None]:
+    """A state dict as it is in the file, and the clip size if something says which.
+
+    Raises:
+        UsageError: If the file cannot be read or holds no state dict.
+    """
     config = file.with_name("config.json")
     try:
         if file.suffix == ".safetensors":
@@ -232,6 +237,11 @@ def _check_video(state: Mapping[str, Tensor], path: str) -> None:
     if patch is None or "blocks.0.attn.qkv.weight" not in state:
         raise UsageError(
             f"student.init={path} is no Hiera: it has {', '.join(sorted(state)[:3])} ..."
+        )
+    if is_vit(state):
+        raise UsageError(
+            f"student.init={path} holds a plain ViT, and the student is a Hiera: set "
+            "student.kind=vit, or name the weights of a Hiera"
         )
     if patch.ndim != 5 or "pos_embed_spatial" not in state or "pos_embed_temporal" not in state:
         raise UsageError(

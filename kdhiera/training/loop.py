@@ -26,7 +26,7 @@ from kdhiera.objective.targets import TargetSpec
 from kdhiera.progress import Progress
 from kdhiera.stopping import stop_on_signals
 from kdhiera.storage import atomic_file
-from kdhiera.student.hiera import Student
+from kdhiera.student.base import Student
 from kdhiera.training import checkpoint
 from kdhiera.training.batches import Batch, ClipSource, Prefetcher, batches
 from kdhiera.training.metrics import MetricLog, read_metrics
@@ -142,7 +142,7 @@ def train(
     done = 0
     state = checkpoint.load_latest(folder)
     if state is not None:
-        _check_identity(identity, state["identity"], run_dir)
+        check_identity(identity, state["identity"], run_dir)
         learner.load_state_dict(state["learner"])
         window.load_state_dict(state["window"])
         done = state["step"]
@@ -287,10 +287,10 @@ def check_resumable(run_dir: Path, identity: Mapping[str, Any]) -> None:
     """
     state = checkpoint.load_latest(run_dir / CHECKPOINTS)
     if state is not None:
-        _check_identity(identity, state["identity"], run_dir)
+        check_identity(identity, state["identity"], run_dir)
 
 
-def _check_identity(wanted: Mapping[str, Any], found: Mapping[str, Any], run_dir: Path) -> None:
+def check_identity(wanted: Mapping[str, Any], found: Mapping[str, Any], run_dir: Path) -> None:
     """Refuse to go on with another run's checkpoint."""
     lines = [
         f"  {key}: want {wanted.get(key)!r}, the run has {found.get(key)!r}"

@@ -23,9 +23,9 @@ from kdhiera.objective.losses import (
 from kdhiera.objective.targets import TargetSpec, normalise, statistics_from_state
 from kdhiera.schedule import Schedule
 from kdhiera.seeding import seeded
+from kdhiera.student.base import Student, set_fused_attention
 from kdhiera.student.decoder import Decoders
 from kdhiera.student.heads import Heads
-from kdhiera.student.hiera import Student, set_fused_attention
 from kdhiera.training.batches import Batch
 from kdhiera.training.jitter import jitter
 from kdhiera.training.optim import build_optimizer
@@ -185,13 +185,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         for name, mean in self.means.items():
             mean.load_state_dict(state["means"][name])
-        frozen = state["statistics"]
-        self.targets = [
-            replace(spec, statistics=statistics_from_state(frozen[spec.name], self.device))
-            if spec.name in frozen
-            else spec
-            for spec in self.targets
-        ]
+        self.targets = with_statistics(self.targets, state["statistics"], self.device)
 
     def _run(
         self,
@@ -278,6 +272,24 @@ class Learner:
             group["lr"] = lr
         self.optimizer.step()
         return norm
+
+
+def with_statistics(
+    targets: Sequence[TargetSpec], frozen: Mapping[str, Any], device: torch.device
+) -> list[TargetSpec]:
+    """Targets as they were when a checkpoint was taken.
+
+    Args:
+        targets: As the cache of now has them.
+        frozen: What the checkpoint keeps of their statistics, by target name.
+        device: Where the statistics go.
+    """
+    return [
+        replace(spec, statistics=statistics_from_state(frozen[spec.name], device))
+        if spec.name in frozen
+        else spec
+        for spec in targets
+    ]
 
 
 @contextmanager

@@ -162,3 +162,48 @@ def test_decoding_leaves_ffmpegs_log_as_it_was(limits, request_clip):
     with pytest.raises(ClipError):
         decode_clip(b"no video", request_clip(), limits())
     assert (av.logging.get_level(), av.logging.get_skip_repeated()) == before
+
+
+def _flip_from(data: bytes, place: int) -> bytes:
+    """A video whose packets are damaged from a byte on."""
+    return (
+        data[:place]
+        + bytes(byte ^ 0xFF for byte in data[place : place + 300])
+        + data[place + 300 :]
+    )
+
+
+def test_of_a_damaged_video_the_frames_before_the_damage_are_salvaged(limits, request_clip):
+    data = numbered.render(40, size=(96, 48))
+    places = numbered.packet_places(data)
+    damaged = _flip_from(data, places[20][0] + 8)
+    request = request_clip(frames=FramePolicy.UNIFORM)
+    with pytest.raises(ClipError) as caught:
+        decode_clip(damaged, request, limits())
+    assert caught.value.status is RowStatus.CORRUPT_FRAMES
+    clip = decode_clip(damaged, replace(request, salvage=True), limits())
+    assert 0 < len(clip.view.frame_indices) < 8
+    assert clip.view.frame_indices == tuple(numbered.numbers(clip.frames))
+    whole = decode_clip(data, request, limits())
+    assert set(clip.view.frame_indices) < set(whole.view.frame_indices)
+
+
+def test_of_a_video_that_is_cut_short_its_beginning_is_salvaged(limits, request_clip, tmp_path):
+    data = numbered.remux(numbered.render(40), tmp_path / "fast.mp4", movflags="faststart")
+    cut = data[: len(data) * 2 // 3]
+    request = request_clip(frames=FramePolicy.UNIFORM, allow_short=True)
+    with pytest.raises(ClipError, match="cut short"):
+        decode_clip(cut, request, limits())
+    clip = decode_clip(cut, replace(request, salvage=True), limits())
+    assert clip.view.frame_indices == tuple(numbered.numbers(clip.frames))
+    assert clip.num_frames < 40
+
+
+def test_salvage_changes_nothing_of_a_good_video_and_finds_nothing_in_none(limits, request_clip):
+    request = request_clip()
+    data = numbered.render(40)
+    clip = decode_clip(data, replace(request, salvage=True), limits())
+    assert clip.crc32c == decode_clip(data, request, limits()).crc32c
+    for junk in (b"", b"no video" * 100, numbered.audio_only()):
+        with pytest.raises(ClipError):
+            decode_clip(junk, replace(request, salvage=True), limits())

@@ -7,7 +7,7 @@ from real_runs import Member, read_tar, write_tar
 from kdhiera.config import RunConfig
 from kdhiera.demo.prepare import Prepared
 from kdhiera.student.export import export
-from kdhiera.student.hiera import Student, build
+from kdhiera.student.hiera import HieraStudent, build
 
 NUM_CLIPS = {"train": 24, "validation": 12, "test": 12}
 
@@ -26,6 +26,6 @@ def write_splits(demo: Prepared, folder: Path) -> dict[str, str]:
 def with_export(config: RunConfig, *, seed: int = 5) -> RunConfig:
     """The same config, its run folder now holding a student of a seed's weights."""
     grid = config.clip.grid
-    student = Student(build(config.student, grid, seed=seed), grid)
+    student = HieraStudent(build(config.student, grid, seed=seed), grid)
     export(student, config.student, Path(config.run_dir) / "export", name="drawn", provenance={})
     return config

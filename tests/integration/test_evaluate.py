@@ -33,7 +33,7 @@ from kdhiera.stages.labelled import (
     splits_from_arrays,
     splits_to_arrays,
 )
-from kdhiera.student.hiera import Student
+from kdhiera.student.hiera import HieraStudent
 
 SETTINGS = {
     "labels": ["category", "direction"],
@@ -81,7 +81,7 @@ def evaluated(make) -> tuple[RunConfig, EvaluateSummary]:
 def looked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts the forwards of students and teachers, which run as ever."""
     counts: Counter[str] = Counter()
-    dense, teach = Student.dense, Featurizer.teach
+    dense, teach = HieraStudent.dense, Featurizer.teach
 
     def counted_dense(self, clips):
         counts["student"] += 1
@@ -91,7 +91,7 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         counts["teacher"] += 1
         return teach(self, clips, layers=layers, with_scores=with_scores)
 
-    monkeypatch.setattr(Student, "dense", counted_dense)
+    monkeypatch.setattr(HieraStudent, "dense", counted_dense)
     monkeypatch.setattr(Featurizer, "teach", counted_teach)
     return counts
 
@@ -304,7 +304,7 @@ def test_a_label_of_one_value_is_nothing_to_predict(make, tmp_path, splits):
 def test_another_clip_size_is_refused(make):
     config = make()
     larger = config.model_copy(update={"clip": config.clip.model_copy(update={"height": 96})})
-    with pytest.raises(MismatchError, match="made for clips of 4 x 64 x 64"):
+    with pytest.raises(MismatchError, match="for clips of 4 x 64 x 64"):
         run(larger)
 
 

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from kdhiera.grid import Grid
-from kdhiera.student.hiera import SIZES, normalise_pixels
+from kdhiera.student.base import normalise_pixels
+from kdhiera.student.hiera import SIZES
 
 GOLDEN = Path(__file__).parent / "golden" / "original.npz"
 GRID = Grid(num_frames=4, height=64, width=96)

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from kdhiera.errors import UsageError
 from kdhiera.grid import Grid
 from kdhiera.masking import hidden_units
-from kdhiera.student.decoder import Decoder, DecoderSpec, build_decoders, positions
+from kdhiera.student.decoder import Decoder, DecoderSpec, build_decoders
+from kdhiera.student.positions import positions
 
 GRID = Grid(num_frames=4, height=64, width=96)  # 2 slots of 2 x 3 units
 SPEC = DecoderSpec(

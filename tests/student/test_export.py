@@ -1,31 +1,42 @@
+import importlib
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from einops import rearrange
 from safetensors.torch import load_file
-from timm.models.hiera import Hiera
 
 from kdhiera.config import StudentConfig
 from kdhiera.errors import DamagedError, UsageError
 from kdhiera.grid import Grid
+from kdhiera.student.base import Student, normalise_pixels
+from kdhiera.student.build import build_student
 from kdhiera.student.export import export, load_exported
-from kdhiera.student.hiera import Student, build, normalise_pixels
 
 GRID = Grid(num_frames=4, height=64, width=96)
-CONFIG = StudentConfig(size="nano")
+
+
+@pytest.fixture(params=["hiera", "vit"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-def student() -> Student:
-    return Student(build(CONFIG, GRID, seed=1), GRID).eval()
+def config(kind: str) -> StudentConfig:
+    return StudentConfig.model_validate({"kind": kind, "size": "nano"})
 
 
 @pytest.fixture
-def folder(tmp_path: Path, student: Student) -> Path:
+def student(config: StudentConfig) -> Student:
+    return build_student(config, GRID, seed=1).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, student: Student, config: StudentConfig) -> Path:
     target = tmp_path / "run" / "export"
-    export(student, CONFIG, target, name="a student", provenance={"teachers": ["image"]})
+    export(student, config, target, name="a student", provenance={"teachers": ["image"]})
     return target
 
 
@@ -35,12 +46,20 @@ def clips() -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
+def pairs(layout: str) -> dict[str, int]:
+    """Two frames a slot, where the layout tells them apart."""
+    return {"f": 2} if "f" in layout else {}
+
+
 @torch.no_grad()
 def test_timm_builds_it_from_the_files_alone(folder: Path, student: Student) -> None:
     config = json.loads((folder / "config.json").read_text())
-    model = Hiera(**config["model_args"])
+    module, _, name = config["architecture"].rpartition(".")
+    model = getattr(importlib.import_module(module), name)(**config["model_args"])
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    x = normalise_pixels(clips()).permute(0, 4, 1, 2, 3)
+    layout = config["pixels"]["layout"]
+    frames = "(t f)" if "f" in layout else "t"
+    x = rearrange(normalise_pixels(clips()), f"b {frames} h w c -> {layout}", **pairs(layout))
     assert torch.equal(model.eval()(x), student.backbone(x))
     torch.testing.assert_close(model(x), student.features(clips()), atol=1e-5, rtol=1e-4)
 
@@ -48,29 +67,33 @@ def test_timm_builds_it_from_the_files_alone(folder: Path, student: Student) -> 
 @torch.no_grad()
 def test_loading_gives_the_same_student(folder: Path, student: Student) -> None:
     loaded = load_exported(folder)
+    assert type(loaded) is type(student)
     assert not loaded.training
     assert loaded.grid == GRID
     assert torch.equal(loaded.features(clips()), student.features(clips()))
 
 
 @torch.no_grad()
-def test_q_pool_3_loads_strictly(folder: Path) -> None:
+def test_q_pool_3_loads_strictly_and_is_nothing_to_a_vit(folder: Path, kind: str) -> None:
     loaded = load_exported(folder, q_pool=3)
-    assert loaded.tap_shape("stage4.end")[0] == 1
+    assert loaded.tap_shape(loaded.last_tap)[0] == {"hiera": 1, "vit": 4}[kind]
     assert loaded.features(clips()).shape == (2, loaded.num_features)
 
 
 def test_the_model_card_runs(
     folder: Path, student: Student, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a clip of noise in place of its black one, so that the order of pixels counts."""
     card = (folder / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert code is not None
     monkeypatch.chdir(folder)
     names: dict[str, torch.Tensor] = {}
-    exec(code.group(1), names)
-    black = torch.zeros_like(clips()[:1])
-    torch.testing.assert_close(names["features"], student.features(black))
+    torch.save(clips()[:1], "noise.pt")
+    lines = re.sub(r"clips = torch.zeros\(.*", 'clips = torch.load("noise.pt")', code.group(1))
+    exec(lines, names)
+    wanted = student.features(clips()[:1])
+    torch.testing.assert_close(names["features"], wanted, atol=1e-5, rtol=1e-4)
     assert '"teachers": [\n    "image"\n  ]' in card
 
 
@@ -88,8 +111,50 @@ def test_cut_weights_are_an_error(folder: Path) -> None:
         load_exported(folder)
 
 
-def test_weights_of_another_size_are_an_error(folder: Path) -> None:
+def test_weights_of_another_size_are_an_error(folder: Path, kind: str) -> None:
     path = folder / "config.json"
-    path.write_text(path.read_text().replace('"embed_dim": 32', '"embed_dim": 64'))
+    before, after = {"hiera": ("32", "64"), "vit": ("192", "384")}[kind]
+    text = path.read_text()
+    path.write_text(text.replace(f'"embed_dim": {before}', f'"embed_dim": {after}'))
     with pytest.raises(DamagedError, match="size mismatch"):
         load_exported(folder)
+
+
+def change(folder: Path, **values: str | None) -> None:
+    """Of config.json; None takes one out."""
+    path = folder / "config.json"
+    content = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+@pytest.mark.parametrize("kind", ["hiera"], indirect=True)
+def test_an_export_that_names_no_kind_is_a_hiera(folder: Path, student: Student) -> None:
+    change(folder, kind=None)
+    loaded = load_exported(folder)
+    with torch.no_grad():
+        assert torch.equal(loaded.features(clips()), student.features(clips()))
+
+
+@pytest.mark.parametrize(
+    ("other", "words"), [("mamba", "unknown kind of student 'mamba'"), (None, "unexpected keyword")]
+)
+@pytest.mark.parametrize("kind", ["vit"], indirect=True)
+def test_a_kind_that_is_not_the_weights_is_an_error(
+    folder: Path, other: str | None, words: str
+) -> None:
+    change(folder, kind=other)
+    with pytest.raises(DamagedError, match=words):
+        load_exported(folder)
+
+
+def test_what_trains_is_what_trained_before(folder: Path, student: Student) -> None:
+    """Drop-path and pooling change no weight, and fixed positions stay fixed."""
+    loaded = load_exported(folder, q_pool=3, drop_path=0.2)
+    assert {n: p.requires_grad for n, p in loaded.named_parameters()} == {
+        n: p.requires_grad for n, p in student.named_parameters()
+    }
+    assert loaded.backbone.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
+    for (name, value), other in zip(
+        student.state_dict().items(), loaded.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), name

@@ -1,53 +1,29 @@
 import itertools
-from contextlib import AbstractContextManager
 
 import pytest
 import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shown import GRID, keep_mask, pixels_of, random_clips, random_units
 from timm.models.hiera import Hiera
-from torch.utils.flop_counter import FlopCounterMode
 
 from kdhiera.config import StudentConfig
 from kdhiera.errors import UsageError
 from kdhiera.grid import Grid
+from kdhiera.student.base import normalise_pixels
 from kdhiera.student.hiera import (
     SIZES,
-    Student,
+    HieraStudent,
     build,
     default_taps,
     depths_of,
     hiera_args,
-    normalise_pixels,
-    set_fused_attention,
     tap_block,
 )
 
 NANO = StudentConfig(size="nano", drop_path=0.0)
-GRID = Grid(num_frames=6, height=96, width=64)
 ALL_TAPS = ("block:1", "block:2", "block:3", "stage3.mid", "stage3.end", "stage4.end")
-
-
-def random_clips(grid: Grid, b: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (b, grid.num_frames, grid.height, grid.width, 3)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-
-
-def random_units(grid: Grid, b: int, k: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randperm(grid.num_units, generator=generator)[:k].sort()[0] for _ in range(b)]
-    return torch.stack(rows)
-
-
-def pixels_of(grid: Grid, clips: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    cubes = grid.frames_to_units(clips)
-    return torch.stack([cube[row] for cube, row in zip(cubes, units, strict=True)])
-
-
-def keep_mask(grid: Grid, units: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(len(units), grid.num_units, dtype=torch.bool).scatter(1, units, True)
 
 
 def to_timm(clips: torch.Tensor) -> torch.Tensor:
@@ -58,7 +34,7 @@ def to_timm(clips: torch.Tensor) -> torch.Tensor:
 def assert_equals_timm(grid: Grid, units: torch.Tensor, clips: torch.Tensor) -> None:
     """fp32, to rounding: 1e-5 of values of order 1."""
     backbone = build(NANO, grid, seed=3)
-    student = Student(backbone, grid, ALL_TAPS).eval()
+    student = HieraStudent(backbone, grid, ALL_TAPS).eval()
     found = student(pixels_of(grid, clips, units), units)
     _, stages = backbone.forward_features(
         to_timm(clips), mask=keep_mask(grid, units), return_intermediates=True
@@ -94,7 +70,7 @@ def test_masked_forward_equals_timm_for_any_grid(
 
 @torch.no_grad()
 def test_what_hidden_units_hold_changes_nothing() -> None:
-    student = Student(build(NANO, GRID, seed=0), GRID, ALL_TAPS).eval()
+    student = HieraStudent(build(NANO, GRID, seed=0), GRID, ALL_TAPS).eval()
     units = random_units(GRID, 2, 6)
     clips, noise = random_clips(GRID, 2), random_clips(GRID, 2, seed=9)
     visible = keep_mask(GRID, units)[:, :, None, None, None, None]
@@ -110,7 +86,7 @@ def test_what_hidden_units_hold_changes_nothing() -> None:
 def test_gradients_equal_timm() -> None:
     ours, theirs = build(NANO, GRID, seed=5), build(NANO, GRID, seed=5)
     units, clips = random_units(GRID, 2, 4), random_clips(GRID, 2)
-    student = Student(ours, GRID)
+    student = HieraStudent(ours, GRID)
     student(pixels_of(GRID, clips, units), units)["stage4.end"].square().sum().backward()
     mask = keep_mask(GRID, units)
     theirs.forward_features(to_timm(clips), mask=mask).square().sum().backward()
@@ -126,74 +102,10 @@ def test_q_pool_3_takes_the_same_weights_strictly() -> None:
     pretrained = build(NANO, GRID, seed=1)
     finetuned = build(NANO, GRID, q_pool=3, seed=2)
     finetuned.load_state_dict(pretrained.state_dict())
-    student = Student(finetuned, GRID).eval()
+    student = HieraStudent(finetuned, GRID).eval()
     assert student.tap_shape("stage4.end") == (1, student.num_features)
     clips = random_clips(GRID, 1)
     torch.testing.assert_close(student.features(clips), finetuned(to_timm(clips)))
-
-
-@torch.no_grad()
-def test_pooled_features() -> None:
-    student = Student(build(NANO, GRID, seed=1), GRID).eval()
-    clips = random_clips(GRID, 2)
-    wanted = student.backbone(to_timm(clips))
-    torch.testing.assert_close(student.features(clips), wanted, atol=1e-5, rtol=1e-4)
-    every = torch.arange(GRID.num_units).expand(2, -1)
-    tokens = student(pixels_of(GRID, clips, every), every)["stage4.end"]
-    by_slot = []
-    for slot in range(GRID.slots):
-        first = slot * GRID.units_per_slot
-        mean = tokens[:, first : first + GRID.units_per_slot].mean((1, 2))
-        by_slot.append(student.backbone.head.norm(mean))
-    found = student.features(clips, pool="slots")
-    torch.testing.assert_close(found, torch.cat(by_slot, 1), atol=1e-5, rtol=1e-4)
-
-
-def test_forward_compiles_into_one_graph() -> None:
-    student = Student(build(NANO, GRID, seed=1), GRID, ALL_TAPS).eval()
-    units = random_units(GRID, 2, 5)
-    pixels = pixels_of(GRID, random_clips(GRID, 2), units)
-    compiled = torch.compile(student, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        assert torch.equal(
-            compiled(pixels, units)["stage4.end"], student(pixels, units)["stage4.end"]
-        )
-
-
-@torch.no_grad()
-def test_plain_attention_equals_the_fused_one() -> None:
-    student = Student(build(NANO, GRID, seed=1), GRID).eval()
-    clips = random_clips(GRID, 2)
-    set_fused_attention(student.backbone, True)
-    fused = student.features(clips)
-    set_fused_attention(student.backbone, False)
-    torch.testing.assert_close(student.features(clips), fused, atol=1e-5, rtol=1e-4)
-
-
-def test_only_visible_units_are_embedded() -> None:
-    """Work grows with the visible units and stops at the last tap."""
-
-    def flops(k: int, taps: tuple[str, ...]) -> int:
-        student = Student(build(NANO, GRID, seed=1), GRID, taps).eval()
-        units = random_units(GRID, 1, k)
-        pixels = pixels_of(GRID, random_clips(GRID, 1), units)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            student(pixels, units)
-        return int(counter.get_total_flops())
-
-    stage1 = ("block:1",)
-    assert flops(6, stage1) == 6 * flops(1, stage1)
-    assert flops(6, ("stage3.end",)) < flops(6, ("stage4.end",))
-
-
-def test_building_is_a_function_of_the_seed_and_leaves_the_global_generator_alone() -> None:
-    torch.manual_seed(11)
-    wanted = torch.rand(3)
-    torch.manual_seed(11)
-    first, again, other = (build(NANO, GRID, seed=s).state_dict() for s in (1, 1, 2))
-    assert torch.equal(torch.rand(3), wanted)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base", "base_plus", "large", "huge"])
@@ -239,61 +151,3 @@ def test_every_backbone_stage_has_a_middle_and_an_end() -> None:
 def test_a_tap_that_does_not_exist_is_refused_with_those_that_do(tap: str) -> None:
     with pytest.raises(UsageError, match=r"stage1.mid, stage1.end, ... stage4.end, or block:1 to"):
         tap_block(tap, (2, 3, 16, 3))
-
-
-def test_rows_that_are_padded_or_out_of_order_are_no_units() -> None:
-    """Rows of different counts can only come padded, and would be mixed without a word."""
-    student = Student(build(NANO, GRID, seed=1), GRID).eval()
-    units = random_units(GRID, 2, 5)
-    pixels = pixels_of(GRID, random_clips(GRID, 2), units)
-    for place, value in ((-1, -1), (-1, int(units[1, -2])), (0, GRID.num_units), (2, 0)):
-        wrong = units.clone()
-        wrong[1, place] = value
-        with pytest.raises(RuntimeError, match="the same count in each, none padded"):
-            student(pixels, wrong)
-    with pytest.raises(
-        ValueError, match=r"pixels of \(2, 5\) .* do not belong to units of \(2, 4\)"
-    ):
-        student(pixels, units[:, :4])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_checkpointing_changes_no_bit(dtype: torch.dtype) -> None:
-    """Drop-path draws the same again when blocks are computed again."""
-    units = random_units(GRID, 4, 5)
-    pixels = pixels_of(GRID, random_clips(GRID, 4), units)
-    results, kept = [], []
-    for again in (False, True):
-        backbone = build(StudentConfig(size="nano", drop_path=0.5), GRID, seed=1)
-        student = Student(backbone, GRID, ALL_TAPS, grad_checkpointing=again).train()
-        sizes: list[int] = []
-        with torch.random.fork_rng(devices=[]), saved_bytes(sizes):
-            torch.manual_seed(3)
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not torch.float32):
-                out = student(pixels, units)
-        torch.stack([value.float().square().mean() for value in out.values()]).sum().backward()
-        results.append((out, {n: p.grad for n, p in student.named_parameters()}))
-        kept.append(sum(sizes))
-    (plain, gradients), (out, other) = results
-    assert all(torch.equal(plain[tap], out[tap]) for tap in ALL_TAPS)
-    for name, gradient in gradients.items():
-        same = other[name] is None if gradient is None else torch.equal(gradient, other[name])
-        assert same, name
-    assert kept[1] < kept[0] / 3
-
-
-def saved_bytes(sizes: list[int]) -> AbstractContextManager[None]:
-    """Counts what the backward pass keeps."""
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        sizes.append(tensor.numel() * tensor.element_size())
-        return tensor
-
-    return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-
-
-def test_normalised_pixels_are_imagenet_ones() -> None:
-    clips = random_clips(GRID, 1)
-    mean, std = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
-    wanted = (clips.double() / 255 - torch.tensor(mean)) / torch.tensor(std)
-    torch.testing.assert_close(normalise_pixels(clips).double(), wanted, atol=1e-6, rtol=1e-6)

@@ -16,7 +16,7 @@ from kdhiera.config import StudentConfig
 from kdhiera.errors import UsageError
 from kdhiera.grid import Grid
 from kdhiera.student.export import export, export_hiera
-from kdhiera.student.hiera import Student, build, hiera_args
+from kdhiera.student.hiera import HieraStudent, build, hiera_args
 from kdhiera.student.official import (
     load_init,
     official_names,
@@ -62,10 +62,10 @@ def autoencoder(
     return path
 
 
-def student(path: Path, grid: Grid = GRID, *, q_pool: int = 2, seed: int = 5) -> Student:
+def student(path: Path, grid: Grid = GRID, *, q_pool: int = 2, seed: int = 5) -> HieraStudent:
     backbone = build(NANO, grid, q_pool=q_pool, seed=seed)
     load_init(backbone, str(path), grid)
-    return Student(backbone, grid, STAGES).eval()
+    return HieraStudent(backbone, grid, STAGES).eval()
 
 
 def visible(clips: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,9 @@ from kdhiera.config import ObjectiveConfig
 from kdhiera.objective.targets import PhiS, TargetSpec
 from kdhiera.schedule import Schedule
 from kdhiera.seeding import seeded
+from kdhiera.student.base import Student
 from kdhiera.student.decoder import Decoders, DecoderSpec, build_decoders
 from kdhiera.student.heads import Heads, HeadSpec, build_heads
-from kdhiera.student.hiera import Student
 from kdhiera.training.batches import Batch, make_batch, position_of
 from kdhiera.training.jitter import jitter
 from kdhiera.training.step import Learner, NonFiniteError
@@ -266,18 +266,24 @@ import torch._inductor.config
 
 from kdhiera.config import ObjectiveConfig
 from kdhiera.errors import KdhieraError
-from kdhiera.student import hiera
+from kdhiera.student import hiera, vit
 from kdhiera.training.step import explain_compiler
 
 hiera.SIZES = {{"nano": {{**hiera.SIZES["nano"], "stages": (1, 1, 1, 1)}}}}  # to be quicker
+vit.SIZES = {{"nano": {{"width": 64, "depth": 2}}}}
 torch.set_num_threads(1)
-setup = Setup(run_dir=Path("unused"))
 visible = ObjectiveConfig(teacher_drop=0.5, loss="cosine_smooth_l1")
 masked = ObjectiveConfig(kind="masked")
 counters = torch._dynamo.utils.counters
 inductor = torch.compile
 torch.compile = partial(torch.compile, fullgraph=True, backend="aot_eager")  # quick to compile
-for objective, ratios in ((visible, (0.5, 0.5)), (masked, (0.5, 0.75, 0.25, 0.5))):
+for kind, objective, ratios in (
+    ("hiera", visible, (0.5, 0.5)),
+    ("hiera", masked, (0.5, 0.75, 0.25, 0.5)),
+    ("vit", visible, (0.5, 0.5)),
+    ("vit", masked, (0.5, 0.5)),
+):
+    setup = Setup(run_dir=Path("unused"), kind=kind)
     source = MemorySource(keep_all=objective is masked)
     torch._dynamo.reset()
     counters.clear()
@@ -299,6 +305,15 @@ try:
 except KdhieraError as error:
     print(error)
 """
+
+
+@pytest.mark.parametrize("kind", ["visible", "masked"])
+def test_a_vit_learns_under_both_objectives(tmp_path: Path, kind: str) -> None:
+    setup = Setup(run_dir=tmp_path, kind="vit")
+    ours = learner(setup, objective=ObjectiveConfig.model_validate({"kind": kind}))
+    batch = batch_of(setup, MemorySource(keep_all=kind == "masked"))
+    losses = [ours.step(batch, measure=False).loss.item() for _ in range(20)]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.slow

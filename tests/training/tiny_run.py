@@ -1,7 +1,7 @@
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,8 +12,9 @@ from kdhiera.grid import Grid
 from kdhiera.masking import MaskSchedule, MaskSpec, Scope, Strategy, draw_mask
 from kdhiera.objective.targets import TargetSpec
 from kdhiera.progress import PlainProgress, Progress
+from kdhiera.student.base import Student
+from kdhiera.student.build import build_student, default_taps
 from kdhiera.student.heads import HeadSpec, build_heads
-from kdhiera.student.hiera import Student, build
 from kdhiera.training.batches import ClipSource
 from kdhiera.training.loop import TrainSummary, train
 
@@ -77,6 +78,11 @@ class Setup:
     run_dir: Path
     identity: dict[str, Any] = field(default_factory=lambda: {"cache": "abc", "lr": 0.01})
     masks: MaskSchedule = SCHEDULE
+    kind: Literal["hiera", "vit"] = "hiera"
+
+    @property
+    def student_config(self) -> StudentConfig:
+        return StudentConfig(kind=self.kind, size="nano", drop_path=0.2)
 
     def config(self, **changes: Any) -> TrainConfig:
         values = {
@@ -87,20 +93,21 @@ class Setup:
         return TrainConfig(**(values | changes))
 
     def targets(self) -> list[TargetSpec]:
+        earlier, last = default_taps(self.student_config, 2)
         return [
             TargetSpec(
-                teacher="image", layer="9", tap="stage3.end", column="image-9", width=WIDTH,
+                teacher="image", layer="9", tap=earlier, column="image-9", width=WIDTH,
                 weight=1.0, decode=make_codec("fp32", width=WIDTH).decode,
             ),
             TargetSpec(
-                teacher="video", layer="3", tap="stage4.end", column="video-3", width=16,
+                teacher="video", layer="3", tap=last, column="video-3", width=16,
                 weight=0.5, decode=make_codec("fp32", width=16).decode,
             ),
         ]  # fmt: skip
 
     def student(self) -> Student:
-        backbone = build(StudentConfig(size="nano", drop_path=0.2), GRID, seed=0)
-        return Student(backbone, GRID, [spec.tap for spec in self.targets()])
+        taps = [spec.tap for spec in self.targets()]
+        return build_student(self.student_config, GRID, taps, seed=0)
 
     def run(
         self,

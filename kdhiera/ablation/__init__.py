@@ -1,0 +1,1 @@
+"""What many runs over one cache came to: their records, what they are asked, the report."""

@@ -1,0 +1,62 @@
+"""One run of an ablation, from its config to its record: distill, then evaluate."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from kdhiera.ablation.records import RunRecord, curve_of
+from kdhiera.cache.fingerprint import fingerprint
+from kdhiera.config.ablation import PlannedRun
+from kdhiera.progress import make_progress
+from kdhiera.results import load_outcomes
+from kdhiera.stages.distill import FREE_SETTINGS, distill
+from kdhiera.stages.evaluate import evaluate
+from kdhiera.student.macs import visible_macs
+from kdhiera.training.metrics import read_metrics
+
+
+def trial_identity(run: PlannedRun) -> str:
+    """Hash of the settings that decide what a run comes to; paths and devices do not.
+
+    Which weights stand behind a teacher's path, and which videos behind a shard's name, is
+    not part of it: a record is of the settings, and outlives cache and weights.
+    """
+    plain = run.config.model_dump(mode="json")
+    for name in ("name", "run_dir", "extract", "ray", "decode"):
+        del plain[name]
+    plain["cache"] = {k: plain["cache"][k] for k in ("encoding", "compact_error", "mode")}
+    for name in FREE_SETTINGS:
+        del plain["train"][name]
+    return fingerprint(plain)
+
+
+def run_trial(run: PlannedRun, *, baselines: Path, overwrite: bool) -> RunRecord:
+    """Distill and evaluate; what of it is done is not done again.
+
+    Args:
+        run: What to run.
+        baselines: Folder that keeps the features of models that no run trains.
+        overwrite: Throw another run in the same folder away.
+    """
+    with open(os.devnull, "w") as nowhere, make_progress(nowhere) as progress:
+        distilled = distill(run.config, progress=progress, overwrite=overwrite)
+        evaluated = evaluate(run.config, progress=progress, baselines=baselines)
+    return RunRecord(
+        variant=run.variant,
+        seed=run.seed,
+        identity=trial_identity(run),
+        outcomes=load_outcomes(Path(evaluated.outcomes)),
+        curve=curve_of(read_metrics(Path(run.config.run_dir))),
+        steps=distilled.training.steps,
+        seconds=distilled.training.seconds,
+        clip_macs=_clip_macs(run),
+    )
+
+
+def _clip_macs(run: PlannedRun) -> int:
+    """Mean over the ratios that take turns."""
+    config = run.config
+    ratios = [spec.ratio for spec in config.mask_schedule.phases]
+    macs = [visible_macs(config.student, config.clip.grid, ratio) for ratio in ratios]
+    return sum(macs) // len(macs)
