@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +60,7 @@ from kdhiera.stages.models import (
     trained_models,
     weights_identity,
 )
-from kdhiera.storage import atomic_file, file_sha256, make_folder, write_atomic
+from kdhiera.storage import atomic_file, file_sha256, write_atomic
 
 __all__ = ["EvaluateSummary", "evaluate", "evaluation_policy"]
 
@@ -108,17 +106,18 @@ class EvaluateSummary:
             f"{title}\n{to_text(table)}"
             for title, table in per_class_tables(self.per_class, self.comparisons)
         ]
-        lines = [
-            f"{c.label}, {c.method} ({c.readout}"
-            f"{f', {c.labels_per_class} labels a class' if c.labels_per_class else ''}): "
-            f"{c.features} minus {c.baseline} {percent(c.difference, signed=True)}"
-            for c in self.comparisons
-        ]
-        groups = " and ".join(f"{name} ({n})" for name, n in self.num_groups.items()) or "clip"
+        lines: dict[str, list[str]] = {}
+        for c in self.comparisons:
+            amount = f", {c.labels_per_class} labels a class" if c.labels_per_class else ""
+            lines.setdefault(f"{c.features} minus {c.baseline}:", []).append(
+                f"  {c.label}, {c.method} ({c.readout}{amount}): "
+                f"{percent(c.difference, signed=True)}"
+            )
+        blocks += ["\n".join([pair, *shown, ""]) for pair, shown in lines.items()]
+        groups = ", ".join(f"{name} ({n})" for name, n in self.num_groups.items()) or "clips"
         clips = ", ".join(f"{n} {split}" for split, n in self.num_clips.items())
-        blocks.append("\n".join([*lines, ""]))
         blocks.append(
-            f"In brackets: 95 % bootstrap intervals, resampled by {groups}\n"
+            f"In brackets: 95 % bootstrap intervals over {groups}\n"
             f"clips: {clips}\nsaved: {self.path}"
         )
         return "\n".join(blocks)
@@ -190,10 +189,11 @@ def _measured(
     device = resolve_device(config.train.device)
     frozen = frozen_models(config, export)
     trained = trained_models(config, export, progress=progress)
+    clips = clips_identity(config, shards)
 
     def planned(splits: Splits) -> list[Job]:
         named = tasks(settings, splits)
-        return list(jobs(settings, splits, named, frozen, trained, device=device))
+        return list(jobs(settings, splits, named, frozen, trained, clips=clips, device=device))
 
     def wants_tokens(model: FrozenModel, splits: Splits) -> bool:
         return any(
@@ -201,36 +201,27 @@ def _measured(
             for job in planned(splits)
         )
 
-    with _spool(Path(config.run_dir)) as spool:
-        stage = FrozenStage(
-            config=config,
-            shards=shards,
-            own=own,
-            baselines=others,
-            spool=spool,
-            progress=progress,
-        )
-        splits, features = stage.run(frozen, wants_tokens=wants_tokens)
-        plan = planned(splits)
-        bar = progress.start("measure", len(plan), "measures")
-        done = []
-        for job in plan:
-            scored = job.stored(own, others)
-            if scored is None:
-                scored = job.compute(features)
-                job.save(scored, own, others)
-            done.append((job, scored))
-            progress.advance(bar)
-        progress.finish(bar)
+    stage = FrozenStage(
+        config=config,
+        shards=shards,
+        own=own,
+        baselines=others,
+        spool=Path(config.run_dir),
+        progress=progress,
+    )
+    splits, features = stage.run(frozen, wants_tokens=wants_tokens)
+    plan = planned(splits)
+    bar = progress.start("measure", len(plan), "measures")
+    done = []
+    for job in plan:
+        scored = job.stored(own, others)
+        if scored is None:
+            scored = job.compute(features)
+            job.save(scored, own, others)
+        done.append((job, scored))
+        progress.advance(bar)
+    progress.finish(bar)
     return splits, features, done
-
-
-@contextmanager
-def _spool(folder: Path) -> Iterator[Path]:
-    """A temporary folder for tokens, gone afterwards."""
-    make_folder(folder)
-    with tempfile.TemporaryDirectory(prefix=".tokens-", dir=folder) as spool:
-        yield Path(spool)
 
 
 def _fingerprint(config: RunConfig, settings: EvaluateConfig, shards: Shards, export: Path) -> str:

@@ -6,9 +6,10 @@ go to temporary files, so that memory does not grow with them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import uuid
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ class FrozenStage:
         shards: Indices by split.
         own: Where features of the run's own model are kept.
         baselines: Where those of the others are.
-        spool: Folder for temporary files of tokens.
+        spool: Folder for temporary files of tokens; must exist.
         progress: Where progress is shown.
     """
 
@@ -218,9 +219,6 @@ class FrozenStage:
         identity = _features_identity(model, where)
         self._kept(model).save(identity, {CLIPS: text_array(digest), **arrays})
 
-    def _spool_path(self, split: str) -> Path:
-        return self.spool / f"{split}-{uuid.uuid4().hex}"
-
     def _kept(self, model: FrozenModel) -> Kept:
         return self.own if model.distilled else self.baselines
 
@@ -243,6 +241,7 @@ class FrozenStage:
         with (
             Sandbox(decode_limits(self.config.decode), num_children=workers) as sandbox,
             ThreadPoolExecutor(workers, initializer=start) as pool,
+            contextlib.ExitStack() as stack,
         ):
             for split, shards in self.shards.items():
                 batches = clip_batches(
@@ -253,7 +252,9 @@ class FrozenStage:
                     batch_size=settings_of(self.config).batch_size,
                 )
                 found: list[tuple[ClipBatch, dict[str, dict[str, np.ndarray]]]] = []
-                spools = {key: _Spool(self._spool_path(split)) for key in tokens}
+                spools = {key: _Spool(self.spool) for key in tokens}
+                for spool in spools.values():
+                    stack.callback(spool.close)
                 look = partial(_look, running, tokens)
                 for batch, outputs in mapped(pool, look, batches, workers):
                     found.append((batch, {key: dict(o.pooled) for key, o in outputs.items()}))
@@ -294,10 +295,15 @@ def _by_clip(values: np.ndarray, num_clips: int) -> np.ndarray:
 
 
 class _Spool:
-    """A file of tokens that grows; `finish` maps it."""
+    """A file of tokens that grows; `finish` maps it.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    It has no name: when the map has gone, or the process has been killed, it is gone too.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with disk_errors(folder):
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - `close` does
         self._shape: tuple[int, ...] = ()
         self._count = 0
 
@@ -306,8 +312,15 @@ class _Spool:
         limit = np.finfo(TOKEN_TYPE).max
         values = _by_clip(tokens.clip(-limit, limit).astype(TOKEN_TYPE), num_clips)
         self._shape, self._count = values.shape[1:], self._count + num_clips
-        with disk_errors(self._path.parent), self._path.open("ab") as file:
-            file.write(values.tobytes())
+        with disk_errors(self._folder):
+            self._file.write(values.tobytes())
 
     def finish(self) -> np.ndarray:
-        return np.memmap(self._path, TOKEN_TYPE, "r", shape=(self._count, *self._shape))
+        with disk_errors(self._folder):
+            self._file.flush()
+        return np.memmap(self._file, TOKEN_TYPE, "r", shape=(self._count, *self._shape))
+
+    def close(self) -> None:
+        """The map stays."""
+        with contextlib.suppress(OSError):  # a full disk was told of before
+            self._file.close()

@@ -95,6 +95,7 @@ def jobs(
     frozen: Sequence[FrozenModel],
     trained: Sequence[TrainedModel],
     *,
+    clips: Mapping[str, object],
     device: torch.device,
 ) -> Iterator[Job]:
     """All jobs, in the order of the tables.
@@ -109,17 +110,18 @@ def jobs(
         tasks: The labels.
         frozen: Models whose features are measured.
         trained: Students that are fine-tuned.
+        clips: JSON values that decide what the clips show.
         device: Where attentive probes compute.
 
     Raises:
         UsageError: If a class has fewer clips than `labels_per_class` asks for.
     """
-    digest = splits_digest(splits)
+    seen = {**clips, "digest": splits_digest(splits)}
     for task in tasks:
         for per_class in (None, *settings.labels_per_class):
             subsets = {seed: _rows(splits, task, per_class, seed) for seed in settings.seeds}
             plan = _Plan(
-                settings=settings, splits=splits, digest=digest, task=task, per_class=per_class,
+                settings=settings, splits=splits, clips=seen, task=task, per_class=per_class,
                 device=device,
             )  # fmt: skip
             for model in frozen:
@@ -135,7 +137,7 @@ def jobs(
 class _Plan:
     settings: EvaluateConfig
     splits: Splits
-    digest: str
+    clips: Mapping[str, object]
     task: Task
     per_class: int | None
     device: torch.device
@@ -186,7 +188,7 @@ class _Plan:
         identity = {
             "what": "scores",
             "model": dict(model.identity),
-            "clips": self.digest,
+            "clips": dict(self.clips),
             "label": self.task.label,
             "rows": None if self.per_class is None else rows.tolist(),
             "readout": readout,

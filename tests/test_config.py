@@ -147,3 +147,37 @@ def test_wrong_files_are_one_sentence(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({"name": "x"}))
     with pytest.raises(UsageError, match="`data` is required"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("evaluate.methods=[]", "evaluate.methods"),
+        ("evaluate.methods=[knn, svm]", "evaluate.methods.1"),
+        ("evaluate.methods=[knn, knn]", "name each once"),
+        ("evaluate.seeds=[0, 0]", "name each once"),
+        ("evaluate.seeds=[-1]", "seeds must be 0 or more"),
+        ("evaluate.seed=1", "seeds"),
+        ("evaluate.labels_per_class=[0]", "start at 1"),
+        ("evaluate.test_crops=2", "evaluate.test_crops"),
+        ("evaluate.q_pool=1", "evaluate.q_pool"),
+        ("evaluate.attentive.lrs=[0.0]", "above 0"),
+        ("evaluate.finetune.crop_scale=[0.9, 0.5]", "crop_scale must be"),
+        ("evaluate.finetune={repeats: 8, batch_size: 4}", "8 repeats of a clip do not fit"),
+        ("evaluate.finetune.layer_decay=0", "evaluate.finetune.layer_decay"),
+    ],
+)
+def test_what_evaluation_cannot_do_is_refused(override: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load("configs/demo.yaml", [override])
+    assert words in str(caught.value)
+
+
+def test_one_value_stands_for_a_list_of_one() -> None:
+    config = load(
+        "configs/demo.yaml",
+        ["evaluate.methods=finetune", "evaluate.labels_per_class=5", "evaluate.seeds=3"],
+    )
+    assert config.evaluate is not None
+    found = (config.evaluate.methods, config.evaluate.labels_per_class, config.evaluate.seeds)
+    assert found == (("finetune",), (5,), (3,))

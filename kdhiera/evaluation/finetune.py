@@ -34,7 +34,7 @@ Batches = Callable[[int], Iterator[Batch]]
 
 
 class Classifier(nn.Module):
-    """A student with Hiera's own head: mean over tokens, norm, linear map.
+    """A student with its backbone's own head: mean over tokens, norm, linear map.
 
     Args:
         student: Becomes part of this; its backbone gets a classifier.
@@ -48,7 +48,7 @@ class Classifier(nn.Module):
         generator = torch.Generator().manual_seed(stable_key("classifier", seed) % 2**63)
         with torch.random.fork_rng(devices=[]):  # timm draws weights that are drawn again here
             student.backbone.reset_classifier(num_classes)
-        head: nn.Linear = student.backbone.head.fc
+        head: nn.Linear = student.backbone.get_classifier()
         nn.init.trunc_normal_(head.weight, std=0.02, generator=generator)
         nn.init.zeros_(head.bias)
         with torch.no_grad():
@@ -62,7 +62,8 @@ class Classifier(nn.Module):
 
     def classify(self, tokens: Float[Tensor, "b t h w c"]) -> Float[Tensor, "b classes"]:
         """Logits from the tokens of the last block."""
-        logits: Tensor = self.student.backbone.head.fc(self.student.pool(tokens, "mean"))
+        pooled = self.student.pool(tokens, "mean")
+        logits: Tensor = self.student.backbone.get_classifier()(pooled)
         return logits
 
 
@@ -74,7 +75,8 @@ def layer_groups(backbone: Any, *, weight_decay: float, layer_decay: float) -> l
     less. Norms, biases and position embeddings are not decayed.
 
     Args:
-        backbone: timm's Hiera; its own list of what is spared from decay fails in 3-D.
+        backbone: timm's, with a classifier. What is spared from decay is named here, as
+            Hiera's own list fails in 3-D.
         weight_decay: Of matrices.
         layer_decay: Factor from a block to the one before it.
     """

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kdhiera import __version__
 from kdhiera.cache.fingerprint import canonical_json, fingerprint
 from kdhiera.storage import atomic_file, make_folder
 
@@ -44,7 +45,7 @@ class Kept:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             logger.warning("%s is damaged (%s): computed again", path, type(error).__name__)
             return None
-        if arrays.pop(IDENTITY, np.zeros(0)).tobytes() != canonical_json(identity):
+        if arrays.pop(IDENTITY, np.zeros(0)).tobytes() != canonical_json(_versioned(identity)):
             logger.warning("%s holds something else than its name says: computed again", path)
             return None
         return arrays
@@ -52,12 +53,16 @@ class Kept:
     def save(self, identity: Mapping[str, object], arrays: Mapping[str, np.ndarray]) -> None:
         """Write arrays; none may be called `identity`."""
         make_folder(self.folder)
-        written = np.frombuffer(canonical_json(identity), np.uint8)
+        written = np.frombuffer(canonical_json(_versioned(identity)), np.uint8)
         with atomic_file(self._path(identity)) as file:
             np.savez(file, **{IDENTITY: written}, **arrays)  # type: ignore[arg-type]
 
     def _path(self, identity: Mapping[str, object]) -> Path:
-        return self.folder / f"{fingerprint(identity)[:32]}.npz"
+        return self.folder / f"{fingerprint(_versioned(identity))[:32]}.npz"
+
+
+def _versioned(identity: Mapping[str, object]) -> dict[str, object]:
+    return {"kdhiera": __version__, **identity}
 
 
 def text_array(value: object) -> np.ndarray:

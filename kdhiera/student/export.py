@@ -161,7 +161,9 @@ def _empty(
         arguments["drop_path_rate"] = drop_path
     kind = content.get("kind", "hiera")  # the first exports named none
     if kind == "vit":
-        return VitStudent(VisionTransformer(**arguments), grid)
+        backbone = VisionTransformer(**arguments)
+        backbone.pos_embed.requires_grad_(False)  # fixed, as `vit.build` makes it
+        return VitStudent(backbone, grid)
     if kind != "hiera":
         raise ValueError(f"unknown kind of student {kind!r}")
     if q_pool is not None:

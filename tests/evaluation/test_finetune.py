@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from timm.data.mixup import Mixup
 from timm.loss import SoftTargetCrossEntropy
 
@@ -11,7 +12,7 @@ from kdhiera.config.evaluation import FinetuneConfig
 from kdhiera.errors import KdhieraError
 from kdhiera.evaluation.finetune import Classifier, finetune, layer_groups, mix
 from kdhiera.grid import Grid
-from kdhiera.student.hiera import HieraStudent, build
+from kdhiera.student.build import build_student
 
 GRID = Grid(num_frames=4, height=64, width=64)
 CPU = torch.device("cpu")
@@ -20,14 +21,14 @@ RECIPE = FinetuneConfig(
 )
 
 
-def classifier(*, seed=0, q_pool=3, drop_path=0.1, num_classes=2):
-    config = StudentConfig(size="nano", drop_path=drop_path)
-    student = HieraStudent(build(config, GRID, q_pool=q_pool, seed=1), GRID)
-    return Classifier(student, num_classes, seed=seed)
+def classifier(kind="hiera", *, seed=0, drop_path=0.1):
+    config = StudentConfig(kind=kind, size="nano", drop_path=drop_path)
+    return Classifier(build_student(config, GRID, q_pool=3, seed=1), 2, seed=seed)
 
 
-def test_layer_decay_and_weight_decay_of_every_parameter():
-    backbone = classifier().student.backbone
+@pytest.mark.parametrize("kind", ["hiera", "vit"])
+def test_layer_decay_and_weight_decay_of_every_parameter(kind):
+    backbone = classifier(kind).student.backbone
     groups = layer_groups(backbone, weight_decay=0.3, layer_decay=0.8)
     found = {
         id(p): (group["lr_scale"], group["weight_decay"])
@@ -37,7 +38,9 @@ def test_layer_decay_and_weight_decay_of_every_parameter():
     num_blocks = len(backbone.blocks)
     for name, parameter in backbone.named_parameters():
         block = re.match(r"blocks\.(\d+)\.", name)
-        if name.startswith("head"):
+        if not parameter.requires_grad:  # a plain ViT's positions are fixed
+            continue
+        if name.startswith(("head", "fc_norm")):
             scale = 1.0
         elif block:
             scale = 0.8 ** (num_blocks - int(block[1]))
@@ -81,11 +84,14 @@ def test_without_mixing_pixels_and_labels_stay():
     assert targets.tolist() == [[0, 1], [1, 0]]
 
 
-def test_the_classifier_is_timms_own_forward():
-    made = classifier(drop_path=0.0).eval()
+@pytest.mark.parametrize("kind", ["hiera", "vit"])
+def test_the_classifier_is_timms_own_forward(kind):
+    made = classifier(kind, drop_path=0.0).eval()
     clips = torch.randint(0, 256, (2, 4, 64, 64, 3), dtype=torch.uint8)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     pixels = ((clips / 255 - mean) / std).permute(0, 4, 1, 2, 3)
+    if kind == "vit":  # slots on top of one another, the two frames of a slot as channels
+        pixels = rearrange(pixels, "b c (t f) y x -> b (f c) (t y) x", f=2)
     with torch.no_grad():
         torch.testing.assert_close(made(clips), made.student.backbone(pixels), rtol=1e-4, atol=1e-7)
 
@@ -101,8 +107,8 @@ def coloured(epoch, count=24):
         yield clips[start : start + 8], labels[start : start + 8]
 
 
-def trained(*, seed=0, **changes):
-    made = classifier(seed=seed)
+def trained(kind="hiera", *, seed=0, **changes):
+    made = classifier(kind, seed=seed)
     finetune(
         made,
         coloured,
@@ -133,6 +139,13 @@ def test_learns_and_follows_from_the_seed_alone():
         assert torch.equal(value, other), name
     fewer = trained(epochs=1), trained(epochs=1, seed=1)
     assert not torch.equal(*(m.student.backbone.head.fc.weight for m in fewer))
+
+
+def test_a_plain_vit_learns_too():
+    made = trained("vit")
+    clips, labels = next(coloured(1000))
+    with torch.inference_mode():
+        assert (made(torch.from_numpy(clips)).argmax(1).numpy() == labels).all()
 
 
 def test_a_loss_that_is_not_finite_says_what_to_do():

@@ -40,13 +40,14 @@ def features():
     return {"model": Features(pooled={"mean": pooled, "slots": pooled}, tokens=None)}
 
 
-def planned(splits, settings=SETTINGS):
+def planned(splits, settings=SETTINGS, **clips):
     model = FrozenModel(
         name="model", seed=None, identity={}, distilled=False, has_tokens=False,
         load=lambda: None,
     )  # fmt: skip
     named = tasks(settings, splits)
-    return list(jobs(settings, splits, named, [model], [], device=torch.device("cpu")))
+    cpu = torch.device("cpu")
+    return list(jobs(settings, splits, named, [model], [], clips=clips, device=cpu))
 
 
 def test_scores_are_means_over_views(splits, features):
@@ -99,5 +100,6 @@ def test_the_identity_of_scores_covers_clips_and_labels(splits):
     changed = {**splits, "test": Split(places=[], uids=splits["test"].uids, labels=labels)}
     fewer = SETTINGS.model_copy(update={"neighbours": 6})
     assert planned(changed)[0].identity != first
+    assert planned(splits, test_views=[3, 1])[0].identity != first
     assert planned(splits, fewer)[0].identity != first
     assert planned(splits)[0].identity == first

@@ -16,7 +16,15 @@ from kdhiera.report.pages import (
     write_report,
 )
 from kdhiera.report.pictures import ClipPicture, show_clip
-from kdhiera.results import Comparison, Interval, Result, results_from_json
+from kdhiera.results import (
+    ClassCount,
+    Comparison,
+    Interval,
+    Measure,
+    PerClass,
+    Result,
+    results_from_json,
+)
 
 
 def _interval(value, half=0.05):
@@ -173,3 +181,30 @@ def test_what_did_not_happen_is_left_out_and_a_second_report_replaces_the_first(
     assert first == second
     headings = [line for line in second.read_text().splitlines() if line.startswith("#")]
     assert headings == ["# bare"]
+
+
+def test_classes_and_fewer_labels_are_told(tmp_path):
+    data = _data()
+    measure = Measure(
+        label="category", features="distilled student", readout="slots", method="linear probe",
+        labels_per_class=None,
+    )  # fmt: skip
+    counts = (
+        ClassCount(name="cat|s", correct=1, total=4),
+        ClassCount(name="dog", correct=3, total=4),
+    )
+    compared = replace(_comparison("category", 0.2), method="linear probe")
+    fewer = replace(_comparison("category", 0.1), labels_per_class=5)
+    data = replace(
+        data,
+        results=(*data.results, replace(data.results[0], labels_per_class=5)),
+        comparisons=(compared, fewer),
+        per_class=(PerClass(measure=measure, num_seeds=1, classes=counts),),
+    )
+    text = write_report(tmp_path, data).read_text()
+    assert "| cat\\|s | 4 | 25.0 % |" in text
+    assert "| 5 a class |" in text
+    assert "category, linear probe (slots), class by class:" in text
+    short = text.partition("## In short")[2].partition("## ")[0]
+    assert "+20.0 points" in short
+    assert "+10.0 points" not in short  # the tables tell of fewer labels

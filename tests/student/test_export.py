@@ -145,3 +145,16 @@ def test_a_kind_that_is_not_the_weights_is_an_error(
     change(folder, kind=other)
     with pytest.raises(DamagedError, match=words):
         load_exported(folder)
+
+
+def test_what_trains_is_what_trained_before(folder: Path, student: Student) -> None:
+    """Drop-path and pooling change no weight, and fixed positions stay fixed."""
+    loaded = load_exported(folder, q_pool=3, drop_path=0.2)
+    assert {n: p.requires_grad for n, p in loaded.named_parameters()} == {
+        n: p.requires_grad for n, p in student.named_parameters()
+    }
+    assert loaded.backbone.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
+    for (name, value), other in zip(
+        student.state_dict().items(), loaded.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), name
