@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install lint type test pipeline bench docs clean
+.PHONY: install lint type test pipeline study bench docs clean
 
 install: .venv/.installed ## virtual environment with pinned versions
 
@@ -24,6 +24,9 @@ test: install ## all tests
 
 pipeline: install ## demo data, extract, distill, evaluate, report
 	$(BIN)/python -m kdhiera.pipelines.demo
+
+study: install ## docs/results.md; hours, stopped and called again it goes on
+	$(BIN)/python -m kdhiera.pipelines.study
 
 bench: install ## figures of docs/performance.md
 	$(BIN)/python -m benchmarks

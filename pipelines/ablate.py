@@ -126,8 +126,8 @@ def ablate(
     """
     config, runs = load_ablation(path, overrides)
     folder = Path(config.run_dir)
-    keep = Path(config.records) if config.records else folder / "records"
-    done = {run.name: r for run in runs if (r := _kept(keep, run)) is not None}
+    keep = _records_folder(config)
+    done = kept_records(config, runs)
     todo = [run for run in runs if run.name not in done]
     steps = _check_all(todo)
     on_plan(AblatePlan(runs=runs, done=tuple(done), steps=steps))
@@ -163,6 +163,16 @@ def _table(config: AblationConfig, records: Sequence[RunRecord]) -> str:
         return ""
     order = ranked(tuple(config.changes), records, measures[0])
     return to_text(variant_table(order, config.baseline_name, records, measures))
+
+
+def kept_records(config: AblationConfig, runs: Sequence[PlannedRun]) -> dict[str, RunRecord]:
+    """Records that are there and of the same settings, by name of the run."""
+    folder = _records_folder(config)
+    return {run.name: r for run in runs if (r := _kept(folder, run)) is not None}
+
+
+def _records_folder(config: AblationConfig) -> Path:
+    return Path(config.records) if config.records else Path(config.run_dir) / "records"
 
 
 def _kept(folder: Path, run: PlannedRun) -> RunRecord | None:

@@ -7,7 +7,8 @@ from kdhiera.config import dump, load
 from kdhiera.errors import UsageError
 from kdhiera.masking import Strategy
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = [*sorted(FOLDER.glob("*.yaml")), FOLDER / "study" / "base.yaml"]
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 

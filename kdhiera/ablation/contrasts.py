@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from kdhiera.ablation.records import RunRecord
-from kdhiera.config.ablation import AblationConfig, ContrastConfig, MetricConfig
+from kdhiera.config.ablation import ContrastConfig, MetricConfig, QuestionConfig
 from kdhiera.evaluation.bootstrap import bootstrap_interval, bootstrap_means
 from kdhiera.results import Interval, Measure
 
@@ -176,11 +176,13 @@ def difference(
     return found, _p_value(means, margin)
 
 
-def answer(config: AblationConfig, records: Sequence[RunRecord]) -> tuple[Contrast, ...]:
+def answer(
+    questions: Sequence[QuestionConfig], records: Sequence[RunRecord]
+) -> tuple[Contrast, ...]:
     """All contrasts of all questions, primary ones corrected by Holm's procedure."""
     contrasts = [
         _contrast(asked, question.title, records)
-        for question in config.questions
+        for question in questions
         for asked in question.contrasts
     ]
     primary = [i for i, c in enumerate(contrasts) if c.asked.primary and c.p_value is not None]

@@ -19,7 +19,7 @@ from kdhiera.ablation.tables import (
     ranked,
     variant_table,
 )
-from kdhiera.config.ablation import AblationConfig, Changes, MetricConfig
+from kdhiera.config.ablation import AblationConfig, Changes, MetricConfig, QuestionConfig
 from kdhiera.progress import counted, human_seconds
 from kdhiera.report.plots import save
 from kdhiera.report.tables import Table, escape_markdown, to_csv, to_markdown
@@ -55,7 +55,7 @@ def write_ablation_report(
     measures = shown_measures(config, records)
     order = ranked(names, records, measures[0] if measures else None)
     table = variant_table(order, config.baseline_name, records, measures)
-    contrasts = answer(config, records)
+    contrasts = answer(config.questions, records)
     write_atomic(folder / "table.md", to_markdown(table).encode())
     write_atomic(folder / "table.csv", to_csv(everything(names, records)).encode())
     write_atomic(folder / "table.json", _document(config, records, contrasts, failures))
@@ -93,9 +93,11 @@ def write_ablation_report(
     return path
 
 
-def question_blocks(config: AblationConfig, contrasts: Sequence[Contrast]) -> Iterator[str]:
+def question_blocks(
+    questions: Sequence[QuestionConfig], contrasts: Sequence[Contrast]
+) -> Iterator[str]:
     """Every question with its claim and its contrasts, as Markdown."""
-    for question in config.questions:
+    for question in questions:
         own = [c for c in contrasts if c.question == question.title]
         yield f"### {escape_markdown(question.title)}"
         if question.claim:
@@ -122,7 +124,7 @@ def _questions(config: AblationConfig, contrasts: Sequence[Contrast]) -> list[st
         "## Questions",
         "One primary contrast a question, its p-value corrected by Holm's procedure over all "
         "questions; other contrasts are uncorrected.",
-        *question_blocks(config, contrasts),
+        *question_blocks(config.questions, contrasts),
     ]
 
 

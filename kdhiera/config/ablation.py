@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
@@ -105,7 +104,7 @@ class AblationConfig(Section):
     name: Name
     run_dir: str
     base: str
-    overrides: Changes = MappingProxyType({})
+    overrides: Changes = Field(default_factory=dict)
     variants: Mapping[VariantName, Changes] = {}
     grid: Mapping[str, tuple[Any, ...]] = {}
     baseline: str | None = None

@@ -88,5 +88,34 @@ def prepare(
     )
 
 
+def draw_fold(
+    root: Path, fold: int, *, num_processes: int = 2, progress: Progress = log.info
+) -> Path:
+    """Draw the labelled task with other objects and videos held out; only what is missing.
+
+    Args:
+        root: The demo's folder, prepared.
+        fold: 0..3; 0 is what `prepare` draws.
+        num_processes: Processes that draw.
+        progress: Takes one line of text for every step.
+
+    Returns:
+        Folder of the shards.
+    """
+    out = root / "shards" if fold == 0 else root / "folds" / str(fold)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / ".prepare.lock"):
+        assets = fetch(root, progress=progress)
+        render_task(
+            TaskSpec(fold=fold),
+            videos=assets.videos,
+            stamps=assets.stamps,
+            out=out,
+            num_processes=num_processes,
+            progress=progress,
+        )
+    return out
+
+
 def _is_newer(made: Path, source: Path) -> bool:
     return made.exists() and made.stat().st_mtime >= source.stat().st_mtime

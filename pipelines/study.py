@@ -1,0 +1,151 @@
+"""The study of docs/results.md: `make study`.
+
+Draws the folds of the demo's task, checks their controls, fills a cache a fold, runs the
+ablations of `configs/study/`, and writes the page. Everything finds out what is done
+already: hours of work may be spread over many calls, and a record of a finished run is
+kept in `docs/results/records`, also where its weights are gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from kdhiera.ablation.records import RunRecord
+from kdhiera.ablation.study import ControlRow, StudyPart, write_study
+from kdhiera.config.ablation import PlannedRun, load_ablation
+from kdhiera.demo.controls import read_clips, run_controls
+from kdhiera.demo.prepare import draw_fold, prepare
+from kdhiera.demo.task import SPLITS, TaskSpec
+from kdhiera.errors import IncompleteError, KdhieraError
+from kdhiera.pipelines.ablate import ablate, kept_records
+from kdhiera.pipelines.pretrain import run, say_on_stdout
+from kdhiera.progress import Progress
+from kdhiera.stages.extract_teachers import extract
+from kdhiera.storage import write_atomic
+
+PARTS = ("study", "labels", "fresh")
+ROOT = Path("demo-data")
+FOLDS = 4
+PAGE = Path("docs/results.md")
+RESULTS = Path("docs/results")
+CONTROLS = RESULTS / "controls.json"
+
+
+def study(parts: Sequence[str], overrides: Sequence[str], progress: Progress) -> None:
+    """Do what is missing of some parts, and write the page over all of them.
+
+    Args:
+        parts: Names of ablations in `configs/study/`; none only writes the page.
+        overrides: Dotted overrides of each of them, such as `seeds=[0]`.
+        progress: Where progress is shown.
+
+    Raises:
+        KdhieraError: If the cut-outs cannot be had, or a control does not hold.
+        IncompleteError: If runs failed; all parts were tried, and the page is written.
+    """
+    failed = []
+    if parts:
+        _check_task()
+    for part in parts:
+        path = _path(part)
+        config, runs = load_ablation(path, overrides)
+        done = kept_records(config, runs)
+        _fill_caches([run for run in runs if run.name not in done], progress)
+        say_on_stdout(f"== {part} ==")
+        try:
+            say_on_stdout(ablate(path, overrides, progress=progress).describe())
+        except IncompleteError as error:
+            say_on_stdout(str(error))
+            failed.append(part)
+        write_page()
+    say_on_stdout(str(write_page()))
+    if failed:
+        raise IncompleteError(f"runs of {', '.join(failed)} failed: see their reports")
+
+
+def write_page() -> Path:
+    """Write `docs/results.md` and its pictures from the records and controls that there are."""
+    found = []
+    for part in PARTS:
+        config, runs = load_ablation(_path(part))
+        records: tuple[RunRecord, ...] = tuple(kept_records(config, runs).values())
+        found.append(StudyPart(config=config, records=records, expected=len(runs)))
+    rows = json.loads(CONTROLS.read_text()) if CONTROLS.is_file() else []
+    return write_study(PAGE, RESULTS, found, [ControlRow.from_json(row) for row in rows])
+
+
+def _path(part: str) -> Path:
+    return Path("configs/study") / f"{part}.yaml"
+
+
+def _check_task() -> None:
+    """Draw all folds and run their controls, unless that was done; they must hold."""
+    say_on_stdout("== task ==")
+    if not prepare(ROOT, progress=say_on_stdout).train:
+        raise KdhieraError("the study needs the demo's cut-outs, which cannot be had here")
+    rows: list[ControlRow] = []
+    if CONTROLS.is_file():
+        rows = [ControlRow.from_json(row) for row in json.loads(CONTROLS.read_text())]
+    for fold in range(FOLDS):
+        shards = draw_fold(ROOT, fold, progress=say_on_stdout)
+        if any(row.fold == fold for row in rows):
+            continue
+        splits = {
+            name: read_clips(sorted(shards.glob(f"{name}-*.tar")), size_px=TaskSpec().size_px)
+            for name in SPLITS
+        }
+        for found in run_controls(splits):
+            rows.append(
+                ControlRow(
+                    fold=fold,
+                    name=found.name,
+                    needs_order=found.needs_order,
+                    accuracy=found.accuracy,
+                    holds=found.holds,
+                )
+            )
+            say_on_stdout(f"fold {fold}: {found.name}: {'holds' if found.holds else 'FAILS'}")
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        document = json.dumps([asdict(row) for row in rows], indent=1)
+        write_atomic(CONTROLS, f"{document}\n".encode())
+
+
+def _fill_caches(runs: Sequence[PlannedRun], progress: Progress) -> None:
+    """Extract what the runs need; what is there already costs a look."""
+    filled = set()
+    for planned in runs:
+        config = planned.config
+        key = (config.cache.dir, config.cache.encoding, config.views.num)
+        if config.cache.mode == "live" or key in filled:
+            continue
+        filled.add(key)
+        say_on_stdout(f"== {config.cache.dir}, {config.cache.encoding}, {key[2]} views ==")
+        extract(config, progress=progress)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: parts and overrides."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kdhiera.pipelines.study",
+        description="examples:\n"
+        "  python -m kdhiera.pipelines.study\n"
+        "  python -m kdhiera.pipelines.study --part study seeds=[0]\n"
+        "  python -m kdhiera.pipelines.study --page\n\n"
+        "Run what is missing of the study and write docs/results.md; stopped, it goes on.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--part", action="append", choices=PARTS, help="default: all of them")
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the ablations")
+    options = parser.parse_args(arguments)
+    parts = () if options.page else tuple(options.part or PARTS)
+    return run(lambda progress: study(parts, options.overrides, progress))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
