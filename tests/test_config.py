@@ -62,7 +62,7 @@ def test_overrides_are_yaml_at_dotted_keys() -> None:
         ("clip.num_frames=7", "clip.num_frames must be even"),
         ("scores.teacher=imago", "scores.teacher names `imago`, but the teachers are: image"),
         ("objective.teachers=[audio]", "objective.teachers names `audio`"),
-        ("objective.layers={image: [7]}", r"some of teachers.image.layers, \['6', '9', '12'\], in"),
+        ("objective.layers={image: [7]}", r"some of teachers.image.layers, \['6', '8', '10'\], in"),
         ("objective.layers={image: [12, 6]}", r"in that order, got \['12', '6'\]"),
         ("objective.layers={image: [12, 12]}", r"in that order, got \['12', '12'\]"),
         ("objective.layers.image=12", "`objective.layers.image`: Input should be a list, got 12"),
