@@ -15,6 +15,7 @@ from kdhiera.config import RunConfig, load
 from kdhiera.errors import ExitCode, KdhieraError
 from kdhiera.masking import MaskSchedule
 from kdhiera.progress import Progress, make_progress
+from kdhiera.report.claim import claim_lines, claim_table, claims
 from kdhiera.report.pages import (
     CacheFacts,
     Control,
@@ -24,6 +25,7 @@ from kdhiera.report.pages import (
     TrainingFacts,
     write_report,
 )
+from kdhiera.report.tables import to_text
 from kdhiera.stages.distill import DistillSummary, distill
 from kdhiera.stages.evaluate import EvaluateSummary, evaluate
 from kdhiera.stages.extract_teachers import ExtractSummary, extract
@@ -83,6 +85,12 @@ def pretrain(
         ),
     )
     path = write_report(Path(config.run_dir), data)
+    if evaluated is not None:
+        found = claims(evaluated.results, evaluated.comparisons)
+        say("\n== does distillation beat a random student? ==")
+        say(to_text(claim_table(found)))
+        for line in claim_lines(found):
+            say(line)
     say("\n== report ==")
     say(str(path))
     for picture in sorted((path.parent / "report").glob("*.png")):

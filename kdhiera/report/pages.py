@@ -12,6 +12,7 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 
 from kdhiera.progress import human_bytes, human_seconds
+from kdhiera.report.claim import claim_blocks, claims
 from kdhiera.report.plots import result_bars, save, training_curves
 from kdhiera.report.tables import (
     Table,
@@ -180,6 +181,7 @@ def write_report(folder: Path, data: ReportData) -> Path:
         _in_short(data),
         _cache(data.cache),
         _training(data, beside),
+        claim_blocks(claims(data.results, data.comparisons)),
         _evaluation(data, beside),
         _controls(data.controls),
         _pictures(data.pictures, beside),
