@@ -39,16 +39,16 @@ class Claim:
 
 
 def claims(results: Sequence[Result], comparisons: Sequence[Comparison]) -> tuple[Claim, ...]:
-    """One for every comparison of frozen features on all labels, in their order."""
+    """One for every comparison of frozen features on all labels whose sides were reported."""
     accuracies = {_key(r, r.features): r for r in results}
-    return tuple(
-        Claim(
-            student=accuracies[_key(c, c.features)],
-            random=accuracies[_key(c, c.baseline)],
-            difference=c,
-        )
+    sides = (
+        (c, accuracies.get(_key(c, c.features)), accuracies.get(_key(c, c.baseline)))
         for c in comparisons
-        if c.labels_per_class is None and c.method != "fine-tuning"
+    )
+    return tuple(
+        Claim(student=student, random=random, difference=c)
+        for c, student, random in sides
+        if student and random and c.labels_per_class is None and c.method != "fine-tuning"
     )
 
 
