@@ -10,10 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from kdhiera.config import load
-from kdhiera.demo.controls import CHANCE, read_clips, run_controls
+from kdhiera.demo.controls import CHANCE, pooled_features, read_clips, run_controls
 from kdhiera.demo.prepare import Prepared, prepare
 from kdhiera.demo.task import SPLITS, TaskSpec
 from kdhiera.pipelines.pretrain import pretrain, run, say_on_stdout
@@ -24,7 +22,7 @@ from kdhiera.stages.evaluate import EvaluateSummary
 
 CONFIG = "configs/demo.yaml"
 ROOT = Path("demo-data")
-POOLED_TEACHER = "image teacher|mean"
+POOLED_TEACHER = "image teacher"
 
 
 def demo(overrides: list[str], progress: Progress) -> None:
@@ -57,14 +55,7 @@ def _controls(prepared: Prepared, evaluated: EvaluateSummary) -> tuple[Control, 
     """Run and print the controls of the labelled task."""
     shards = {name: getattr(prepared, name) for name in SPLITS}
     splits = {name: read_clips(s, size_px=TaskSpec().size_px) for name, s in shards.items()}
-    with np.load(evaluated.features) as stored:
-        pooled = {
-            uid.rpartition("/")[2]: row
-            for name in SPLITS
-            for uid, row in zip(
-                stored[f"{name}|uids"], stored[f"{name}|{POOLED_TEACHER}"], strict=True
-            )
-        }
+    pooled = pooled_features(Path(evaluated.features), POOLED_TEACHER)
     say_on_stdout("\n== controls: the sign of the motion, given its axis (chance 50 %) ==")
     controls = []
     for found in run_controls(splits, image_features=pooled):

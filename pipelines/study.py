@@ -18,7 +18,13 @@ from pathlib import Path
 from kdhiera.ablation.records import RunRecord
 from kdhiera.ablation.study import ControlRow, StudyPart, write_study
 from kdhiera.config.ablation import PlannedRun, load_ablation
-from kdhiera.demo.controls import read_clips, run_controls
+from kdhiera.demo.controls import (
+    Clips,
+    ControlResult,
+    pooled_features,
+    read_clips,
+    run_controls,
+)
 from kdhiera.demo.prepare import draw_fold, prepare
 from kdhiera.demo.task import SPLITS, TaskSpec
 from kdhiera.errors import IncompleteError, KdhieraError
@@ -34,6 +40,8 @@ FOLDS = 4
 PAGE = Path("docs/results.md")
 RESULTS = Path("docs/results")
 CONTROLS = RESULTS / "controls.json"
+EVALUATED = Path("runs/study/both")
+IMAGE_CONTROL = "image teacher, pooled"
 
 
 def study(parts: Sequence[str], overrides: Sequence[str], progress: Progress) -> None:
@@ -62,6 +70,7 @@ def study(parts: Sequence[str], overrides: Sequence[str], progress: Progress) ->
         except IncompleteError as error:
             say_on_stdout(str(error))
             failed.append(part)
+        _check_image_teacher()
         write_page()
     say_on_stdout(str(write_page()))
     if failed:
@@ -75,8 +84,7 @@ def write_page() -> Path:
         config, runs = load_ablation(_path(part))
         records: tuple[RunRecord, ...] = tuple(kept_records(config, runs).values())
         found.append(StudyPart(config=config, records=records, expected=len(runs)))
-    rows = json.loads(CONTROLS.read_text()) if CONTROLS.is_file() else []
-    return write_study(PAGE, RESULTS, found, [ControlRow.from_json(row) for row in rows])
+    return write_study(PAGE, RESULTS, found, _known_controls())
 
 
 def _path(part: str) -> Path:
@@ -84,35 +92,57 @@ def _path(part: str) -> Path:
 
 
 def _check_task() -> None:
-    """Draw all folds and run their controls, unless that was done; they must hold."""
+    """Draw all folds and run the controls that need no teacher, unless that was done."""
     say_on_stdout("== task ==")
     if not prepare(ROOT, progress=say_on_stdout).train:
         raise KdhieraError("the study needs the demo's cut-outs, which cannot be had here")
-    rows: list[ControlRow] = []
-    if CONTROLS.is_file():
-        rows = [ControlRow.from_json(row) for row in json.loads(CONTROLS.read_text())]
     for fold in range(FOLDS):
         shards = draw_fold(ROOT, fold, progress=say_on_stdout)
-        if any(row.fold == fold for row in rows):
+        if not any(row.fold == fold for row in _known_controls()):
+            _add_controls(fold, run_controls(_clips(shards)))
+
+
+def _check_image_teacher() -> None:
+    """The control that needs the image teacher, once a fold was evaluated."""
+    for fold in range(FOLDS):
+        known = {row.name for row in _known_controls() if row.fold == fold}
+        features = EVALUATED / f"seed-{fold}" / "features.npz"
+        if IMAGE_CONTROL in known or not features.is_file():
             continue
-        splits = {
-            name: read_clips(sorted(shards.glob(f"{name}-*.tar")), size_px=TaskSpec().size_px)
-            for name in SPLITS
-        }
-        for found in run_controls(splits):
-            rows.append(
-                ControlRow(
-                    fold=fold,
-                    name=found.name,
-                    needs_order=found.needs_order,
-                    accuracy=found.accuracy,
-                    holds=found.holds,
-                )
+        splits = _clips(draw_fold(ROOT, fold, progress=say_on_stdout))
+        found = run_controls(splits, image_features=pooled_features(features, "image teacher"))
+        _add_controls(fold, [one for one in found if one.name not in known])
+
+
+def _clips(shards: Path) -> dict[str, Clips]:
+    size_px = TaskSpec().size_px
+    return {
+        name: read_clips(sorted(shards.glob(f"{name}-*.tar")), size_px=size_px) for name in SPLITS
+    }
+
+
+def _known_controls() -> list[ControlRow]:
+    if not CONTROLS.is_file():
+        return []
+    return [ControlRow.from_json(row) for row in json.loads(CONTROLS.read_text())]
+
+
+def _add_controls(fold: int, found: Sequence[ControlResult]) -> None:
+    rows = _known_controls()
+    for one in found:
+        rows.append(
+            ControlRow(
+                fold=fold,
+                name=one.name,
+                needs_order=one.needs_order,
+                accuracy=one.accuracy,
+                holds=one.holds,
             )
-            say_on_stdout(f"fold {fold}: {found.name}: {'holds' if found.holds else 'FAILS'}")
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        document = json.dumps([asdict(row) for row in rows], indent=1)
-        write_atomic(CONTROLS, f"{document}\n".encode())
+        )
+        say_on_stdout(f"fold {fold}: {one.name}: {'holds' if one.holds else 'DOES NOT HOLD'}")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    document = json.dumps([asdict(row) for row in rows], indent=1)
+    write_atomic(CONTROLS, f"{document}\n".encode())
 
 
 def _fill_caches(runs: Sequence[PlannedRun], progress: Progress) -> None:

@@ -117,6 +117,21 @@ def read_clips(shards: Sequence[Path], *, size_px: int, frame_stride: int = 2) -
     )
 
 
+def pooled_features(path: Path, model: str) -> dict[str, Float[np.ndarray, " c"]]:
+    """Features of a model, pooled over a clip, by sample key.
+
+    Args:
+        path: `features.npz` of an evaluation.
+        model: Whose, such as `image teacher`.
+    """
+    with np.load(path) as stored:
+        return {
+            uid.rpartition("/")[2]: row
+            for name in SPLITS
+            for uid, row in zip(stored[f"{name}|uids"], stored[f"{name}|{model}|mean"], strict=True)
+        }
+
+
 def run_controls(
     splits: Mapping[str, Clips],
     *,
