@@ -20,9 +20,9 @@ from kdhiera.results import Interval
 from kdhiera.storage import write_atomic
 
 PREFACE = """\
-Written by `make study` from the records in [results/records](results/records) (which test clips
-every run got right); do not edit it by hand. What is not run yet is shown empty; the same command
-goes on with it.
+Written by `make study` from the records in `docs/results/records` (which test clips every run got
+right); do not edit it by hand. What is not run yet is shown empty; the same command goes on with
+it, and `python -m kdhiera.pipelines.study --page` only writes this page again.
 
 **What this is.** The demo's labelled task: cut-outs of six categories move in four directions over
 real videos; 8 frames of 128 x 128 px, a nano Hiera, minutes of training a run. Objects and
