@@ -7,7 +7,11 @@ from kdhiera.config import dump, load
 from kdhiera.errors import UsageError
 from kdhiera.masking import Strategy
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+CONFIGS = [
+    path
+    for path in sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+    if path.parent.name != "ablations"
+]
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 

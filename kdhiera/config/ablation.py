@@ -277,4 +277,5 @@ def _value(raw: Mapping[str, Any], key: str) -> object:
 
 def _plain(value: object) -> str:
     """A value as a part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", str(value)).strip("-") or "none"
+    name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", str(value))
+    return name if isinstance(value, int | float) else name.strip("-") or "none"
