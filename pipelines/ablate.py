@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ from kdhiera.errors import (
 from kdhiera.progress import Progress, counted
 from kdhiera.report.tables import to_text
 from kdhiera.stages.distill import preflight
+from kdhiera.stages.jobs import METHODS
+from kdhiera.stages.models import RANDOM, SCRATCH, STUDENT
 from kdhiera.stages.ray_session import ray_session
-from kdhiera.stages.trial import run_trial, trial_identity
+from kdhiera.stages.trial import check_folder, run_trial, trial_identity
 from kdhiera.stopping import stop_on_signals
 from kdhiera.training.metrics import read_metrics
 
@@ -45,6 +48,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
 STOP_SECONDS = 60.0
 WORKER_RETRIES = 2  # of a run whose worker was killed; it goes on from its checkpoint
+STOPPED = "stopped: the same command goes on with the runs that are left"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +67,17 @@ class AblatePlan:
 
     def describe(self) -> str:
         """For people."""
-        todo = [f"  {name}: {steps:,} steps" for name, steps in self.steps.items()]
-        head = f"{counted(len(self.runs), 'run')}, {len(self.done)} done, {len(todo)} to do"
-        return "\n".join([head, *todo])
+        todo: dict[tuple[str, int], list[str]] = {}
+        for run in self.runs:
+            if run.name in self.steps:
+                todo.setdefault((run.variant, self.steps[run.name]), []).append(str(run.seed))
+        width = max((len(variant) for variant, _ in todo), default=0)
+        lines = [
+            f"  {variant:<{width}}  {steps:,} steps, seed {', '.join(seeds)}"
+            for (variant, steps), seeds in todo.items()
+        ]
+        head = f"{counted(len(self.runs), 'run')}, {len(self.done)} done, {len(self.steps)} to do"
+        return "\n".join([head, *lines])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +108,8 @@ class AblateSummary:
         """For people."""
         lines = [self.table] if self.table else []
         lines += [f"failed    {name}: {why}" for name, why in self.failures.items()]
-        return "\n".join([*lines, f"report    {self.report}"] if self.report else lines)
+        lines.append(f"report    {self.report}" if self.report else "nothing was started")
+        return "\n".join(lines)
 
 
 def ablate(
@@ -119,28 +132,36 @@ def ablate(
         on_plan: Told the plan before anything starts.
 
     Raises:
-        UsageError: If a variant is wrong; MismatchError: if the cache does not cover one. All
-            such variants are named, and nothing was started.
+        UsageError: If a variant or a metric is wrong; MismatchError: if the cache does not cover
+            a variant, or a folder holds a run of other settings. All such variants are named,
+            and nothing was started.
         IncompleteError: If runs failed; the others are done and in the report.
-        StoppedError: After SIGTERM or SIGINT; the same command goes on.
+        StoppedError: After SIGTERM or SIGINT; what is done is in the report, and the same
+            command goes on.
     """
     config, runs = load_ablation(path, overrides)
     folder = Path(config.run_dir)
     keep = _records_folder(config)
+    _check_metrics(config, runs)
     done = kept_records(config, runs)
     todo = [run for run in runs if run.name not in done]
-    steps = _check_all(todo)
+    with _warnings_only():
+        steps = _check_all(todo, overwrite=overwrite)
     on_plan(AblatePlan(runs=runs, done=tuple(done), steps=steps))
     failures: dict[str, str] = {}
+    stopped: StoppedError | None = None
     if not dry_run and todo:
         work = _Work(config=config, steps=steps, baselines=folder / "baselines", again=overwrite)
-        for run, outcome in work.results(todo, progress):
-            if isinstance(outcome, RunRecord):
-                save_record(keep, outcome)
-                done[run.name] = outcome
-            else:
-                failures[run.name] = outcome
-                logger.warning("%s failed: %s", run.name, outcome)
+        try:
+            for run, outcome in work.results(todo, progress):
+                if isinstance(outcome, RunRecord):
+                    save_record(keep, outcome)
+                    done[run.name] = outcome
+                else:
+                    failures[run.name] = outcome
+                    logger.warning("%s failed: %s", run.name, outcome)
+        except StoppedError as error:
+            stopped = error
     records = [done[run.name] for run in runs if run.name in done]
     report = None
     if not dry_run:
@@ -149,6 +170,8 @@ def ablate(
     summary = AblateSummary(
         finished=len(records), failures=failures, report=report, table=_table(config, records)
     )
+    if stopped is not None:
+        raise stopped
     if failures:
         raise IncompleteError(
             f"{summary.describe()}\n{counted(len(failures), 'run')} of {len(runs)} failed; the "
@@ -162,47 +185,82 @@ def _table(config: AblationConfig, records: Sequence[RunRecord]) -> str:
     if not measures:
         return ""
     order = ranked(tuple(config.changes), records, measures[0])
-    return to_text(variant_table(order, config.baseline_name, records, measures))
-
-
-def kept_records(config: AblationConfig, runs: Sequence[PlannedRun]) -> dict[str, RunRecord]:
-    """Records that are there and of the same settings, by name of the run."""
-    folder = _records_folder(config)
-    return {run.name: r for run in runs if (r := _kept(folder, run)) is not None}
+    # The chosen metric alone: with more of them a line does not fit a terminal.
+    return to_text(variant_table(order, config.baseline_name, records, measures[:1]))
 
 
 def _records_folder(config: AblationConfig) -> Path:
     return Path(config.records) if config.records else Path(config.run_dir) / "records"
 
 
-def _kept(folder: Path, run: PlannedRun) -> RunRecord | None:
-    """The record of a run, if it is there and of the same settings."""
-    path = record_path(folder, run.variant, run.seed)
-    if not path.is_file():
-        return None
-    try:
-        record = load_record(path)
-    except DamagedError as error:
-        logger.warning("%s", error)
-        return None
-    if record.identity != trial_identity(run):
-        logger.warning("%s was recorded with other settings: it is run again", run.name)
-        return None
-    return record
+def kept_records(config: AblationConfig, runs: Sequence[PlannedRun]) -> dict[str, RunRecord]:
+    """Records that are there and of the same settings, by name of run."""
+    folder = _records_folder(config)
+    kept: dict[str, RunRecord] = {}
+    stale: list[str] = []
+    for run in runs:
+        path = record_path(folder, run.variant, run.seed)
+        if not path.is_file():
+            continue
+        try:
+            record = load_record(path)
+        except DamagedError as error:
+            logger.warning("%s", error)
+            continue
+        if record.identity == trial_identity(run):
+            kept[run.name] = record
+        else:
+            stale.append(run.name)
+    if stale:
+        logger.warning(
+            "%s recorded with other settings, to be run again: %s",
+            counted(len(stale), "run"),
+            ", ".join(stale),
+        )
+    return kept
 
 
-def _check_all(runs: Sequence[PlannedRun]) -> dict[str, int]:
+def _check_metrics(config: AblationConfig, runs: Sequence[PlannedRun]) -> None:
+    """Refuse a metric that the runs will not measure: it would show when all are done."""
+    asked = [("metric", config.baseline_name, config.metric)] if config.metric else []
+    for question in config.questions:
+        for c in question.contrasts:
+            where = f"contrast `{c.name}`"
+            asked.append((where, c.variant, c.metric))
+            asked.append((where, c.against, c.against_metric or c.metric))
+    of_variant = {run.variant: run.config for run in runs}
+    for where, variant, metric in asked:
+        run = of_variant[variant]
+        assert run.evaluate is not None
+        models = [STUDENT, RANDOM, SCRATCH, *(f"{name} teacher" for name in run.teachers)]
+        amounts = [None, *run.evaluate.labels_per_class]
+        for what, wanted, there in (
+            ("label", metric.label, run.evaluate.labels or (metric.label,)),
+            ("method", metric.method, [METHODS[name] for name in run.evaluate.methods]),
+            ("features", metric.features, models),
+            ("labels_per_class", metric.labels_per_class, amounts),
+        ):
+            if wanted not in there:
+                raise UsageError(
+                    f"{where} asks for {what} `{wanted}`, but the evaluation of variant "
+                    f"{variant} has: {', '.join(map(str, there))}"
+                )
+
+
+def _check_all(runs: Sequence[PlannedRun], *, overwrite: bool) -> dict[str, int]:
     """Steps of every run, after all were asked for what could refuse them.
 
-    Runs that differ in nothing but their seed are asked once.
+    Runs that differ in nothing but their seed are asked of the cache once.
     """
     steps: dict[str, int] = {}
     problems: dict[str, str] = {}
-    refused = False
+    refused = stale = False
     known: dict[str, int | str] = {}
     for run in runs:
+        assert run.config.evaluate is not None
         train = run.config.train.model_copy(update={"seed": 0})
-        alike = run.config.model_copy(update={"train": train, "run_dir": "", "evaluate": None})
+        evaluate = run.config.evaluate.model_copy(update={"seeds": (0,)})
+        alike = run.config.model_copy(update={"train": train, "run_dir": "", "evaluate": evaluate})
         key = alike.model_dump_json()
         if key not in known:
             try:
@@ -213,14 +271,24 @@ def _check_all(runs: Sequence[PlannedRun]) -> dict[str, int]:
         found = known[key]
         if isinstance(found, str):
             problems.setdefault(run.variant, found)
-        else:
-            steps[run.name] = found
+            continue
+        steps[run.name] = found
+        if not overwrite:
+            try:
+                check_folder(run.config)
+            except MismatchError as error:
+                # What differs is much the same for all: it is told once.
+                told = f"{run.config.run_dir} holds a run with other settings, too"
+                problems.setdefault(run.variant, told if stale else str(error))
+                stale = refused = True
     if problems:
-        lines = "\n".join(f"  {name}: {why}" for name, why in problems.items())
+        lines = "\n".join(
+            f"  {name}: " + why.replace("\n", "\n  ") for name, why in problems.items()
+        )
         kind = MismatchError if refused else UsageError
         raise kind(
             f"{counted(len(problems), 'variant')} cannot run, so none was started:\n{lines}\n"
-            "mend or remove these variants, or extract what the cache lacks"
+            "mend or remove what is named here, or extract what the cache lacks"
         )
     return steps
 
@@ -254,26 +322,33 @@ class _Work:
     ) -> Iterator[tuple[PlannedRun, RunRecord | str]]:
         """Every run with its record, or with why there is none, as they end."""
         bar = progress.start("ablate", sum(self.steps[run.name] for run in runs), "steps")
+        progress.advance(bar, 0, runs=f"0/{len(runs)}")
         ray = runs[0].config.ray
         with stop_on_signals() as stop:
             if not ray.enabled:
-                yield from self._here(runs, progress, bar)
+                yield from self._here(runs, progress, bar, stop)
             else:
                 with ray_session(ray):
                     yield from self._on_ray(runs, progress, bar, stop)
         progress.finish(bar)
 
     def _here(
-        self, runs: Sequence[PlannedRun], progress: Progress, bar: int
+        self, runs: Sequence[PlannedRun], progress: Progress, bar: int, stop: threading.Event
     ) -> Iterator[tuple[PlannedRun, RunRecord | str]]:
-        for run in runs:
+        for i, run in enumerate(runs):
+            if stop.is_set():
+                raise StoppedError(STOPPED)
             try:
-                yield run, run_trial(run, baselines=self.baselines, overwrite=self.again)
+                with _warnings_only():
+                    outcome: RunRecord | str = run_trial(
+                        run, baselines=self.baselines, overwrite=self.again
+                    )
             except StoppedError:
-                raise
+                raise StoppedError(STOPPED) from None
             except Exception as error:
-                yield run, _reason(error)
-            progress.advance(bar, self.steps[run.name])
+                outcome = _reason(error, run)
+            yield run, outcome
+            progress.advance(bar, self.steps[run.name], runs=f"{i + 1}/{len(runs)}")
 
     def _on_ray(
         self, runs: Sequence[PlannedRun], progress: Progress, bar: int, stop: threading.Event
@@ -297,18 +372,19 @@ class _Work:
                 try:
                     outcome: RunRecord | str = ray.get(reference)
                 except Exception as error:
-                    outcome = _reason(getattr(error, "cause", None) or error)
+                    outcome = _reason(getattr(error, "cause", None) or error, run)
                 yield run, outcome
-                progress.advance(bar, self.steps[run.name] - seen.pop(run.name))
+                left = max(0, self.steps[run.name] - seen.pop(run.name))
+                progress.advance(bar, left, runs=f"{len(runs) - len(running)}/{len(runs)}")
             for run in running.values():
                 now = _steps_done(run)
                 progress.advance(bar, max(0, now - seen[run.name]))
                 seen[run.name] = max(now, seen[run.name])
-            if stop.is_set():
+            if running and stop.is_set():
                 for reference in running:
                     ray.cancel(reference)
                 ray.wait(list(running), num_returns=len(running), timeout=STOP_SECONDS)
-                raise StoppedError("stopped: the same command goes on with the runs that are left")
+                raise StoppedError(STOPPED)
 
     def _require_room(self, have: Mapping[str, float]) -> None:
         if have.get("CPU", 0) < self.config.cpus or have.get("GPU", 0) < self.config.gpus:
@@ -340,9 +416,22 @@ def _steps_done(run: PlannedRun) -> int:
     return int(lines[-1]["step"]) if lines else 0
 
 
-def _reason(error: BaseException) -> str:
-    """One line."""
+@contextmanager
+def _warnings_only() -> Iterator[None]:
+    """What every run tells about itself is no news of many runs."""
+    ours = logging.getLogger("kdhiera")
+    before = ours.level
+    ours.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        ours.setLevel(before)
+
+
+def _reason(error: BaseException, run: PlannedRun) -> str:
+    """One line; where a user could mend nothing, the log has the traceback."""
     if isinstance(error, KdhieraError):
         return " ".join(str(error).split())
+    logger.error("%s failed", run.name, exc_info=error)
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1][:300]}"

@@ -7,20 +7,23 @@ from pathlib import Path
 
 from kdhiera.ablation.records import RunRecord, curve_of
 from kdhiera.cache.fingerprint import fingerprint
+from kdhiera.config import RunConfig
 from kdhiera.config.ablation import PlannedRun
+from kdhiera.errors import MismatchError
 from kdhiera.progress import make_progress
 from kdhiera.results import load_outcomes
-from kdhiera.stages.distill import FREE_SETTINGS, distill
+from kdhiera.stages.distill import FREE_SETTINGS, begun_with, distill, identity_of, open_cache
 from kdhiera.stages.evaluate import evaluate
 from kdhiera.student.macs import visible_macs
+from kdhiera.training.loop import check_resumable
 from kdhiera.training.metrics import read_metrics
 
 
 def trial_identity(run: PlannedRun) -> str:
-    """Hash of the settings that decide what a run comes to; paths and devices do not.
+    """Hash of the settings that decide what a run comes to.
 
-    Which weights stand behind a teacher's path, and which videos behind a shard's name, is
-    not part of it: a record is of the settings, and outlives cache and weights.
+    Where it runs and where it keeps its files is not part of it. Teachers and shards are part
+    by their names only: a record is of the settings, and outlives cache and weights.
     """
     plain = run.config.model_dump(mode="json")
     for name in ("name", "run_dir", "extract", "ray", "decode"):
@@ -37,10 +40,16 @@ def run_trial(run: PlannedRun, *, baselines: Path, overwrite: bool) -> RunRecord
     Args:
         run: What to run.
         baselines: Folder that keeps the features of models that no run trains.
-        overwrite: Throw another run in the same folder away.
+        overwrite: Throw a run of other settings in the same folder away; one of the same
+            settings goes on all the same, so a worker that is tried again loses no step.
     """
     with open(os.devnull, "w") as nowhere, make_progress(nowhere) as progress:
-        distilled = distill(run.config, progress=progress, overwrite=overwrite)
+        try:
+            distilled = distill(run.config, progress=progress)
+        except MismatchError:
+            if not overwrite:
+                raise
+            distilled = distill(run.config, progress=progress, overwrite=True)
         evaluated = evaluate(run.config, progress=progress, baselines=baselines)
     return RunRecord(
         variant=run.variant,
@@ -52,6 +61,20 @@ def run_trial(run: PlannedRun, *, baselines: Path, overwrite: bool) -> RunRecord
         seconds=distilled.training.seconds,
         clip_macs=_clip_macs(run),
     )
+
+
+def check_folder(config: RunConfig) -> None:
+    """Refuse a run folder that holds checkpoints of other settings.
+
+    With live teachers nothing is checked, as these would have to be loaded; training does.
+
+    Raises:
+        MismatchError: With the settings that differ.
+    """
+    folder = Path(config.run_dir)
+    snapshot = begun_with(folder)
+    if snapshot is not None and config.cache.mode == "cached":
+        check_resumable(folder, identity_of(config, open_cache(config, snapshot=snapshot)))
 
 
 def _clip_macs(run: PlannedRun) -> int:

@@ -16,6 +16,7 @@ COMMANDS = [
     ["evaluate"],
     ["show"],
     ["export"],
+    ["ablate"],
     ["config"],
     ["config", "show"],
     ["cache"],
@@ -83,6 +84,8 @@ def test_version_and_resolved_config() -> None:
         (["distill", str(DEMO)], "extract-teachers"),
         (["evaluate", str(DEMO)], "kdhiera distill"),
         (["evaluate", str(DEMO), "evaluate=null"], "no `evaluate` section"),
+        (["ablate", "nowhere.yaml"], "no config file at nowhere.yaml"),
+        (["ablate", str(DEMO)], "unknown key `data`"),
     ],
 )
 def test_a_wrong_input_is_one_sentence_and_code_2(

@@ -10,7 +10,7 @@ on; Holm's step-down procedure (Holm 1979, Scandinavian Journal of Statistics 6(
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -168,8 +168,9 @@ def difference(
     seeds = np.array([one.keys[i][0] for i in rows])
     each = [float(values[seeds == seed].mean()) for seed in np.unique(seeds)]
     means = bootstrap_means(values, factors, resamples=RESAMPLES, seed=0)
+    low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
     found = Estimate(
-        value=bootstrap_interval(values, factors, resamples=RESAMPLES, seed=0),
+        value=Interval(value=float(values.mean()), low=float(low), high=float(high)),
         std=float(np.std(each, ddof=1)) if len(each) > 1 else None,
         seeds=tuple(int(seed) for seed in np.unique(seeds)),
     )
@@ -185,17 +186,12 @@ def answer(
         for question in questions
         for asked in question.contrasts
     ]
-    primary = [i for i, c in enumerate(contrasts) if c.asked.primary and c.p_value is not None]
-    adjusted = holm([contrasts[i].p_value or 0.0 for i in primary])
-    for i, p in zip(primary, adjusted, strict=True):
-        c = contrasts[i]
-        contrasts[i] = Contrast(
-            asked=c.asked,
-            question=c.question,
-            difference=c.difference,
-            p_value=c.p_value,
-            adjusted=p,
-        )
+    primary = [i for i, c in enumerate(contrasts) if c.asked.primary]
+    # One that was not run yet counts, or a claim could fall when it is run.
+    p_values = [1.0 if (p := contrasts[i].p_value) is None else p for i in primary]
+    for i, p in zip(primary, holm(p_values), strict=True):
+        if contrasts[i].p_value is not None:
+            contrasts[i] = replace(contrasts[i], adjusted=p)
     return tuple(contrasts)
 
 

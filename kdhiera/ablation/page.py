@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+
+import yaml
 
 from kdhiera.ablation.contrasts import Contrast, Verdict, answer, estimate, resolve
 from kdhiera.ablation.plots import bars, curves
@@ -27,6 +29,7 @@ from kdhiera.results import Measure
 from kdhiera.storage import write_atomic
 
 CHANGES_SHOWN = 120  # characters
+LABELS_SHOWN = 3  # in table and bars: more do not fit a page
 
 
 def write_ablation_report(
@@ -52,13 +55,14 @@ def write_ablation_report(
     beside = folder / "report"
     beside.mkdir(parents=True, exist_ok=True)
     names = tuple(config.changes)
-    measures = shown_measures(config, records)
+    every = shown_measures(config, records)
+    measures = every[:LABELS_SHOWN]
     order = ranked(names, records, measures[0] if measures else None)
     table = variant_table(order, config.baseline_name, records, measures)
     contrasts = answer(config.questions, records)
     write_atomic(folder / "table.md", to_markdown(table).encode())
     write_atomic(folder / "table.csv", to_csv(everything(names, records)).encode())
-    write_atomic(folder / "table.json", _document(config, records, contrasts, failures))
+    write_atomic(folder / "table.json", _document(config, records, every, contrasts, failures))
     blocks = [
         f"# {escape_markdown(config.name)}",
         *_in_short(config, records, failures, measures, order, contrasts, expected),
@@ -76,11 +80,14 @@ def write_ablation_report(
             "Mean over seeds ± standard deviation over seeds; in brackets 95 % bootstrap "
             "intervals, resampled by what test clips share and by seed. Ranked by the validation "
             "split, never by the test split.",
+            *_left_out(every[LABELS_SHOWN:]),
             *_questions(config, contrasts),
             "## Curves",
             "![Loss and explained variance](report/curves.png)",
             "Losses of variants with other targets, losses or normalisations are on other scales.",
         ]
+    elif records:
+        blocks.append("No finished run holds the chosen metric: [table.csv](table.csv) has all.")
     else:
         blocks.append("No run is finished.")
     if failures:
@@ -91,6 +98,11 @@ def write_ablation_report(
     path = folder / "report.md"
     write_atomic(path, ("\n\n".join(block.rstrip("\n") for block in blocks) + "\n").encode())
     return path
+
+
+def _left_out(measures: Sequence[Measure]) -> list[str]:
+    names = escape_markdown(", ".join(m.label for m in measures))
+    return [f"Further labels are in [table.csv](table.csv): {names}."] if names else []
 
 
 def question_blocks(
@@ -112,7 +124,7 @@ def _holds(contrasts: Sequence[Contrast]) -> str:
         Verdict.BETTER: "Holds here.",
         Verdict.NOT_WORSE: "Holds here.",
         Verdict.WORSE: "Does not hold here: the opposite was found.",
-        Verdict.OPEN: "Does not hold here: no difference could be shown.",
+        Verdict.OPEN: "Not shown here: these runs do not decide it.",
         Verdict.NOT_RUN: "Not run.",
     }[primary.verdict]
 
@@ -134,10 +146,20 @@ def shown_measures(config: AblationConfig, records: Sequence[RunRecord]) -> tupl
     labels = list(dict.fromkeys(m.label for m in found))
     if not labels:
         return ()
-    metric = config.metric or MetricConfig(label=labels[0])
+    metric = config.metric or _first_metric(found)
     order = [metric.label, *(label for label in labels if label != metric.label)]
     chosen = (resolve(metric.model_copy(update={"label": label}), records) for label in order)
     return tuple(measure for measure in chosen if measure is not None)
+
+
+def _first_metric(found: Sequence[Measure]) -> MetricConfig:
+    """The linear probe of the first label, or else the student's first measure."""
+    usual = MetricConfig(label=found[0].label)
+    own = [m for m in found if m.features == usual.features and m.labels_per_class is None]
+    first = next((m for m in own if m.method == usual.method), (own or found)[0])
+    return MetricConfig.model_validate(
+        {"label": first.label, "method": first.method, "features": first.features}
+    )
 
 
 def _in_short(
@@ -164,12 +186,26 @@ def _in_short(
             f"{escape_markdown(m.label)} {accuracy_cell(estimate(runs[order[0]], m))}"
             for m in measures
         )
-        lines.append(f"Best on the validation split: {best}; on the test split " + ", ".join(cells))
+        lines.append(
+            f"Best on the validation split: {best}; on the test split " + ", ".join(cells) + "."
+        )
+        lines += _beside(runs[order[0]], measures[0])
     for c in contrasts:
         if c.asked.primary:
             question, claim = escape_markdown(c.question), _holds([c])
             lines.append(f"{question}: {escape_markdown(c.asked.name)}: {c.verdict.value}. {claim}")
     return ["\n".join(f"- {line}" for line in lines)]
+
+
+def _beside(runs: Sequence[RunRecord], measure: Measure) -> list[str]:
+    """What untrained students and teachers reach, so that a number means something."""
+    others = [m for m in measures_of(runs) if replace(m, features=measure.features) == measure != m]
+    found = ((m.features, estimate(runs, m)) for m in others)
+    words = [
+        f"{escape_markdown(name)} {100 * e.value.value:.1f} %" for name, e in found if e is not None
+    ]
+    what = escape_markdown(f"{measure.label}, {measure.method}")
+    return [f"Beside it, {what}: {', '.join(words)}."] if words else []
 
 
 def _changes(config: AblationConfig) -> Table:
@@ -186,21 +222,35 @@ def _changes(config: AblationConfig) -> Table:
 
 
 def _words(changes: Changes) -> str:
-    return ", ".join(f"{key}={json.dumps(value)}" for key, value in changes.items())
+    """As overrides on a command line have it."""
+    return ", ".join(f"{key}={_flow(value)}" for key, value in changes.items())
+
+
+def _flow(value: object) -> str:
+    text = yaml.safe_dump(_plain_values(value), default_flow_style=True, width=float("inf"))
+    return text.removesuffix("...\n").rstrip("\n")
+
+
+def _plain_values(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain_values(v) for key, v in value.items()}
+    return [_plain_values(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _document(
     config: AblationConfig,
     records: Sequence[RunRecord],
+    measures: Sequence[Measure],
     contrasts: Sequence[Contrast],
     failures: Mapping[str, str],
 ) -> bytes:
-    """All numbers of the report as JSON."""
+    """The chosen metric of every label with intervals, and all contrasts, as JSON."""
     variants = []
     for name, runs in by_variant(tuple(config.changes), records).items():
-        for measure in measures_of(runs):
+        for measure in measures:
             found = estimate(runs, measure)
-            assert found is not None
+            if found is None:
+                continue
             variants.append({"variant": name, **asdict(measure), **asdict(found)})
     answers = [
         {

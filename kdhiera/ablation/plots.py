@@ -32,12 +32,14 @@ def bars(
     )
     panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, measure in zip(panels, measures, strict=True):
+        furthest = 1.0
         for y, name in enumerate(shown):
             found = estimate(runs[name], measure)
             if found is None:
                 continue
             value, low, high = (100 * x for x in astuple(found.value))
             colour = COLOURS[1] if name == baseline else COLOURS[0]
+            furthest = max(furthest, value, high)
             whiskers = [[max(value - low, 0)], [max(high - value, 0)]]
             axes.barh(
                 y, value, 0.68, color=colour, alpha=0.8, xerr=whiskers,
@@ -52,12 +54,11 @@ def bars(
             if name == baseline:
                 axes.axvline(value, color=COLOURS[1], lw=1.0, ls="--", alpha=0.7)
         clean(axes, grid="x")
-        axes.set_xlim(left=0)
-        axes.margins(x=0.12)
+        axes.set_xlim(0, 1.13 * furthest)  # room for the figures behind the whiskers
         axes.set_title(
             plain(f"{measure.label}: {measure.method}"), loc="left", fontsize=11, color=INK
         )
-        axes.set_xlabel("test accuracy, %", color=FAINT)
+        axes.set_xlabel("test accuracy, % (95 % interval; a dot a seed)", color=FAINT)
         axes.set_yticks(range(len(shown)), [plain(name) for name in shown])
         axes.tick_params(axis="y", length=0)
     panels[0].set_ylim(len(shown) - 0.4, -0.6)
@@ -97,7 +98,9 @@ def curves(runs: Mapping[str, Sequence[RunRecord]], *, per_macs: bool = False) -
         axes.set_title(title, loc="left", fontsize=11, color=INK)
         axes.set_xlabel("GMACs of forward passes, per clip of a batch" if per_macs else "step")
     explained.axhline(0, color=FAINT, lw=0.8)
-    explained.set_ylim(bottom=max(-0.1, explained.get_ylim()[0]))
+    # Runs begin far below 0; that would flatten what follows.
+    late = [p.explained for rs in shown.values() for r in rs for p in r.curve[len(r.curve) // 2 :]]
+    explained.set_ylim(bottom=max(min(-0.1, 1.1 * min(late)), explained.get_ylim()[0]))
     figure.legend(
         *losses.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9
     )

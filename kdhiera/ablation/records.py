@@ -129,7 +129,7 @@ def load_record(path: Path) -> RunRecord:
             seconds=document["seconds"],
             clip_macs=document["clip_macs"],
         )
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise DamagedError(
             f"{path} is no record of a run ({type(error).__name__}: {error}): remove it, and the "
             "same command makes it again"

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 failed; 2 wrong config or input, nothing started; 3 refused: made for "
-    "another configuration; 4 too much bad data; 5 some shards failed, run again; 75 stopped, "
-    "run again to go on."
+    "another configuration; 4 too much bad data; 5 some shards or runs failed, run again; 75 "
+    "stopped, run again to go on."
 )
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,8 +20,19 @@ from kdhiera.errors import UsageError
 
 Changes = Mapping[str, Any]  # values by dotted key; a section without a dot is merged into
 
-# `variant` or `seed` of a run is part of a path.
+# A name of a variant is part of a path.
 VariantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,100}$")]
+MAX_NAME = 101
+TAKEN = frozenset(  # by the ablation itself, beside the folders of the variants
+    {"baselines", "records", "report", "report.md", "table.csv", "table.json", "table.md"}
+)
+# What the ablation decides for every run: a change to these would be lost.
+OWN = {
+    "name": "name the ablation",
+    "run_dir": "`run_dir` of the ablation says it",
+    "train.seed": "list `seeds`",
+    "evaluate.seeds": "list `seeds`",
+}
 
 
 class MetricConfig(Section):
@@ -28,7 +40,7 @@ class MetricConfig(Section):
 
     Attributes:
         label: Name of the label.
-        method: `k-NN`, `linear probe`, `attentive probe` or `fine-tuning`.
+        method: As in tables of results.
         readout: What the method reads, where it can read several things; None takes `mean`,
             or else what there is.
         features: Whose features.
@@ -36,7 +48,7 @@ class MetricConfig(Section):
     """
 
     label: str
-    method: str = "linear probe"
+    method: Literal["k-NN", "linear probe", "attentive probe", "fine-tuning"] = "linear probe"
     readout: str | None = None
     features: str = "distilled student"
     labels_per_class: int | None = None
@@ -92,7 +104,8 @@ class AblationConfig(Section):
         baseline: Variant that the others are compared with; None means the first.
         seeds: Seeds of student, order and evaluation; every variant is run with each.
         per_seed: Further changes by seed, such as another fold of the data.
-        metric: What the table is sorted by; None takes the linear probe of the first label.
+        metric: What the table is sorted by; None takes the linear probe of the first label, or
+            whatever was measured first where there is none.
         questions: What is asked of the runs; without any, every variant is compared with the
             baseline.
         records: Folder that keeps what finished runs came to; None means `run_dir/records`. A run
@@ -130,6 +143,7 @@ class AblationConfig(Section):
             raise ValueError("name either `variants` or a `grid`")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds repeats one: {list(self.seeds)}")
+        self._check_grid()
         named: list[tuple[str, str]] = []
         if self.baseline is not None:
             named.append(("baseline", self.baseline))
@@ -140,12 +154,28 @@ class AblationConfig(Section):
             if sum(contrast.primary for contrast in question.contrasts) > 1:
                 raise ValueError(f"question `{question.title}` has more than one primary contrast")
         variants = self.changes
+        if taken := sorted(TAKEN & variants.keys()):
+            raise ValueError(f"a variant cannot be called `{taken[0]}`: the ablation's files are")
         for where, name in named:
             if name not in variants:
                 raise ValueError(
                     f"{where} names `{name}`, but the variants are: {', '.join(variants)}"
                 )
         return self
+
+    def _check_grid(self) -> None:
+        if empty := [key for key, values in self.grid.items() if not values]:
+            raise ValueError(f"grid.{empty[0]} lists no value")
+        count = math.prod(len(values) for values in self.grid.values())
+        if self.grid and len(self.changes) < count:
+            raise ValueError(
+                "grid: two combinations would have the same name; name them under `variants`"
+            )
+        if too_long := [name for name in self.changes if len(name) > MAX_NAME]:
+            raise ValueError(
+                f"grid: `{too_long[0][:40]}...` is too long for the name of a folder; name the "
+                "combinations under `variants`"
+            )
 
     @property
     def changes(self) -> dict[str, Changes]:
@@ -210,8 +240,12 @@ def load_ablation(
     for seed in ablation.seeds:
         for variant, changes in ablation.changes.items():
             own = copy.deepcopy(base)
+            before = {key: _value(own, key) for key in OWN}
             for more in (ablation.overrides, changes, ablation.per_seed.get(seed, {})):
                 _change(own, more)
+            for key, way in OWN.items():
+                if _value(own, key) != before[key]:
+                    raise UsageError(f"{path}, variant {variant}: `{key}` cannot vary: {way}")
             own["name"] = ablation.name
             own["run_dir"] = f"{ablation.run_dir}/{variant}/seed-{seed}"
             assign(own, "train.seed", seed)
@@ -234,6 +268,14 @@ def _change(raw: dict[str, Any], changes: Changes) -> None:
             assign(raw, key, copy.deepcopy(value))
 
 
+def _value(raw: Mapping[str, Any], key: str) -> object:
+    node: Any = raw
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
 def _plain(value: object) -> str:
     """A value as a part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", str(value)).strip("-") or "none"
+    name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", str(value))
+    return name if isinstance(value, int | float) else name.strip("-") or "none"
