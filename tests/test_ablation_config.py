@@ -115,7 +115,7 @@ def test_dotted_keys_replace_and_sections_merge(write: Write) -> None:
     assert merged.config.views.num == 1
     assert merged.config.views.frame_stride == 2
     assert merged.config.teachers["image"].weight == 2.0
-    assert merged.config.teachers["image"].layers == ("6", "9", "12")
+    assert merged.config.teachers["image"].layers == ("6", "8", "10")
     assert merged.config.objective.layers == {"image": ("6",)}
     assert replaced.config.teachers["image"].layers == ("12",)
     assert replaced.config.objective.layers == {"image": ("12",)}

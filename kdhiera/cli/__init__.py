@@ -40,7 +40,7 @@ app.add_typer(
             "kdhiera cache info configs/demo.yaml",
             "kdhiera cache diff configs/demo.yaml views.num=3",
             "kdhiera cache ls caches",
-            "kdhiera cache drop caches/demo image.9.int8",
+            "kdhiera cache drop caches/demo image.8.int8",
             "kdhiera cache gc caches/demo --yes",
             "kdhiera cache bench-encodings configs/demo.yaml",
         ),

@@ -88,13 +88,13 @@ def cache_verify(
 
 @command(
     "drop",
-    "kdhiera cache drop caches/demo image.9.int8",
-    "kdhiera cache drop caches/demo image.9.int8 --dry-run",
+    "kdhiera cache drop caches/demo image.8.int8",
+    "kdhiera cache drop caches/demo image.8.int8 --dry-run",
     to=cache_app,
 )
 def cache_drop(
     cache: CacheAt,
-    column: Annotated[str, typer.Argument(metavar="COLUMN", help="Such as image.9.int8.")],
+    column: Annotated[str, typer.Argument(metavar="COLUMN", help="Such as image.8.int8.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: AsJson = False,
 ) -> None:

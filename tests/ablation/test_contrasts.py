@@ -180,7 +180,7 @@ def test_verdicts() -> None:
             asked(**back, margin=0.05),
         ],
     )
-    found = answer(ablation(*questions), [*sure, *base])
+    found = answer(ablation(*questions).questions, [*sure, *base])
     assert [c.verdict for c in found] == [
         Verdict.BETTER,
         Verdict.WORSE,
@@ -196,7 +196,7 @@ def test_verdicts() -> None:
 def test_other_features_and_methods_of_the_same_variant_compare() -> None:
     records = [record("new", s, measures=[PROBE, KNN]) for s in (0, 1)]
     question = [asked(against="new", against_metric={"label": "direction", "method": "k-NN"})]
-    (found,) = answer(ablation(question), records)
+    (found,) = answer(ablation(question).questions, records)
     o = [r.outcomes for r in records]
     known = o[0].known["direction"]
     wanted = np.mean([x.right[PROBE][0, known].mean() - x.right[KNN][0, known].mean() for x in o])
@@ -235,7 +235,7 @@ def test_primary_contrasts_are_corrected_together_also_for_those_not_run_yet() -
     records = [record(v, s, share=p) for v, p in (("new", 0.9), ("base", 0.5)) for s in (0, 1, 2)]
     first = [asked(primary=True), asked(name="aside")]
     second = [asked(name="later", variant="more", primary=True)]
-    one, aside, later = answer(ablation(first, second), records)
+    one, aside, later = answer(ablation(first, second).questions, records)
     assert one.adjusted == pytest.approx(min(1.0, 2 * one.p_value))
     assert aside.p_value == one.p_value
     assert aside.adjusted is None

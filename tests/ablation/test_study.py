@@ -83,7 +83,8 @@ def test_a_run_that_two_parts_share_counts_once(tmp_path: Path) -> None:
         StudyPart(config=part("more", "late"), records=BASE, expected=4),
     ]
     write(tmp_path, parts, [])
-    rows = list(csv.DictReader((tmp_path / "docs" / "results" / "results.csv").open()))
+    text = (tmp_path / "docs" / "results" / "results.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
     assert [(r["variant"], r["seed"]) for r in rows] == [
         ("base", "0"), ("base", "1"), ("good", "0"), ("good", "1"),
     ]  # fmt: skip

@@ -91,7 +91,7 @@ def test_contrasts_with_margins_p_values_and_what_is_missing() -> None:
             ],
         }
     )
-    found = answer(config, [record("new"), record("base")])
+    found = answer(config.questions, [record("new"), record("base")])
     first, margin, gone = contrast_table(found).rows
     assert first[0] == "first (primary)"
     assert first[5:7] == (f"{found[0].p_value:.3f}", f"{found[0].adjusted:.3f}")

@@ -15,7 +15,7 @@ from kdhiera.progress import Progress, make_progress
 from kdhiera.stages.distill import distill, open_cache, student_of
 from kdhiera.stages.evaluate import evaluate
 from kdhiera.stages.export import export_original
-from kdhiera.stages.show import clip_figures
+from kdhiera.stages.picture_clips import clip_figures
 from kdhiera.student.export import load_exported
 from kdhiera.student.vit import VitStudent
 from kdhiera.training.metrics import read_metrics
@@ -97,7 +97,7 @@ def test_from_the_cache_to_accuracies(
     begun = student_of(start, open_cache(start))[0].backbone.state_dict()
     assert all(torch.equal(begun[name], value) for name, value in weights(config).items())
 
-    assert len(clip_figures(config, num_clips=1, progress=progress)) == 1
+    assert len(clip_figures(config, num_clips=1, with_masks=False, progress=progress)[0]) == 1
     summary = evaluate(config, progress=progress)
     assert {result.features for result in summary.results} >= {"distilled student"}
 
