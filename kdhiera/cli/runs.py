@@ -198,6 +198,9 @@ def ablate(
     All variants are checked against the cache before the first starts. Stopped or killed, the
     same command goes on; finished runs are not run again, and a failed one stops no other.
     """
+    from kdhiera.config.ablation import load_ablation
+
+    load_ablation(config, overrides or ())  # a typo is found before the libraries are loaded
     from kdhiera.pipelines.ablate import ablate as run_ablation
     from kdhiera.progress import make_progress
 
