@@ -24,22 +24,18 @@ from kdhiera.ablation.page import shown_measures, write_ablation_report
 from kdhiera.ablation.records import RunRecord, load_record, record_path, save_record
 from kdhiera.ablation.tables import ranked, variant_table
 from kdhiera.config.ablation import AblationConfig, PlannedRun, load_ablation
-from kdhiera.data.patterns import expand
 from kdhiera.errors import (
     DamagedError,
     IncompleteError,
     KdhieraError,
-    MismatchError,
     StoppedError,
     UsageError,
 )
 from kdhiera.progress import Progress, counted
 from kdhiera.report.tables import to_text
-from kdhiera.stages.distill import preflight
-from kdhiera.stages.jobs import METHODS
-from kdhiera.stages.models import RANDOM, SCRATCH, STUDENT
 from kdhiera.stages.ray_session import ray_session
-from kdhiera.stages.trial import check_folder, run_trial, trial_identity
+from kdhiera.stages.trial import run_trial, trial_identity
+from kdhiera.stages.trial_checks import check_metrics, check_runs
 from kdhiera.stopping import stop_on_signals
 from kdhiera.training.metrics import read_metrics
 
@@ -142,11 +138,11 @@ def ablate(
     config, runs = load_ablation(path, overrides)
     folder = Path(config.run_dir)
     keep = _records_folder(config)
-    _check_metrics(config, runs)
+    check_metrics(config, runs)
     done = kept_records(config, runs)
     todo = [run for run in runs if run.name not in done]
     with _warnings_only():
-        steps = _check_all(todo, overwrite=overwrite)
+        steps = check_runs(todo, overwrite=overwrite)
     on_plan(AblatePlan(runs=runs, done=tuple(done), steps=steps))
     failures: dict[str, str] = {}
     stopped: StoppedError | None = None
@@ -218,87 +214,6 @@ def kept_records(config: AblationConfig, runs: Sequence[PlannedRun]) -> dict[str
             ", ".join(stale),
         )
     return kept
-
-
-def _check_metrics(config: AblationConfig, runs: Sequence[PlannedRun]) -> None:
-    """Refuse a metric that the runs will not measure: it would show when all are done."""
-    asked = [("metric", config.baseline_name, config.metric)] if config.metric else []
-    for question in config.questions:
-        for c in question.contrasts:
-            where = f"contrast `{c.name}`"
-            asked.append((where, c.variant, c.metric))
-            asked.append((where, c.against, c.against_metric or c.metric))
-    of_variant = {run.variant: run.config for run in runs}
-    for where, variant, metric in asked:
-        run = of_variant[variant]
-        assert run.evaluate is not None
-        models = [STUDENT, RANDOM, SCRATCH, *(f"{name} teacher" for name in run.teachers)]
-        amounts = [None, *run.evaluate.labels_per_class]
-        for what, wanted, there in (
-            ("label", metric.label, run.evaluate.labels or (metric.label,)),
-            ("method", metric.method, [METHODS[name] for name in run.evaluate.methods]),
-            ("features", metric.features, models),
-            ("labels_per_class", metric.labels_per_class, amounts),
-        ):
-            if wanted not in there:
-                raise UsageError(
-                    f"{where} asks for {what} `{wanted}`, but the evaluation of variant "
-                    f"{variant} has: {', '.join(map(str, there))}"
-                )
-
-
-def _check_all(runs: Sequence[PlannedRun], *, overwrite: bool) -> dict[str, int]:
-    """Steps of every run, after all were asked for what could refuse them.
-
-    Runs that differ in nothing but their seed are asked of the cache once.
-    """
-    steps: dict[str, int] = {}
-    problems: dict[str, str] = {}
-    refused = stale = False
-    known: dict[str, int | str] = {}
-    for run in runs:
-        assert run.config.evaluate is not None
-        train = run.config.train.model_copy(update={"seed": 0})
-        evaluate = run.config.evaluate.model_copy(update={"seeds": (0,)})
-        alike = run.config.model_copy(update={"train": train, "run_dir": "", "evaluate": evaluate})
-        key = alike.model_dump_json()
-        if key not in known:
-            try:
-                known[key] = _check(run)
-            except (UsageError, MismatchError, DamagedError) as error:
-                known[key] = str(error)
-                refused = refused or isinstance(error, MismatchError)
-        found = known[key]
-        if isinstance(found, str):
-            problems.setdefault(run.variant, found)
-            continue
-        steps[run.name] = found
-        if not overwrite:
-            try:
-                check_folder(run.config)
-            except MismatchError as error:
-                # What differs is much the same for all: it is told once.
-                told = f"{run.config.run_dir} holds a run with other settings, too"
-                problems.setdefault(run.variant, told if stale else str(error))
-                stale = refused = True
-    if problems:
-        lines = "\n".join(
-            f"  {name}: " + why.replace("\n", "\n  ") for name, why in problems.items()
-        )
-        kind = MismatchError if refused else UsageError
-        raise kind(
-            f"{counted(len(problems), 'variant')} cannot run, so none was started:\n{lines}\n"
-            "mend or remove what is named here, or extract what the cache lacks"
-        )
-    return steps
-
-
-def _check(run: PlannedRun) -> int:
-    settings = run.config.evaluate
-    assert settings is not None
-    for split in ("train", "validation", "test"):
-        expand(getattr(settings, split))
-    return preflight(run.config)
 
 
 @dataclass(frozen=True, kw_only=True)

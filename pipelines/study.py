@@ -100,6 +100,12 @@ def _check_task() -> None:
         shards = draw_fold(ROOT, fold, progress=say_on_stdout)
         if not any(row.fold == fold for row in _known_controls()):
             _add_controls(fold, run_controls(_clips(shards)))
+    failed = [f"fold {row.fold}: {row.name}" for row in _known_controls() if not row.holds]
+    if failed:
+        raise KdhieraError(
+            f"the labelled task is not fit for a study, controls do not hold: {'; '.join(failed)}; "
+            f"mend the task, and remove {CONTROLS} to check it again"
+        )
 
 
 def _check_image_teacher() -> None:

@@ -102,6 +102,7 @@ def test_overrides_are_yaml_at_dotted_keys() -> None:
         ("views.crop_scale=[1.0, 0.5]", "crop_scale must be 0 < low <= high"),
         ("masks.strategies=[]", "masks.strategies"),
         ("noequals", "must read key.sub=value"),
+        ("evaluate.methods=[nope]", r"or 'finetune', got 'nope'$"),
         ("name.sub=3", "name is a value, not a section"),
         ("train.epochs=[", "not valid YAML"),
     ],

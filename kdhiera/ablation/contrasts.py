@@ -70,7 +70,7 @@ class Contrast:
 
     @property
     def verdict(self) -> Verdict:
-        """By the corrected p-value for a primary contrast, by the interval for others."""
+        """By the corrected p-value for a primary contrast, by its own for others."""
         if self.difference is None or self.p_value is None:
             return Verdict.NOT_RUN
         p = self.p_value if self.adjusted is None else self.adjusted

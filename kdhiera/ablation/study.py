@@ -32,12 +32,13 @@ ViT-S/14 of the DINOv2 architecture tuned for saliency, the video teacher a smal
 on shot transitions: neither is the self-supervised teacher of the paper. K400, SSv2 and AVA are
 untested.
 
-**How to read it.** Settings were fixed beforehand; a probe's penalty is chosen on the validation
-split, and the test split is used once. Differences are paired over clips and seeds; intervals
-are 95 % bootstrap intervals resampled by object, background and seed. One primary contrast a
-question is decided on, its p-value corrected by Holm's procedure over all questions that were
-run; the others are uncorrected. A claim whose difference cannot be shown is reported as not
-holding here.
+**How to read it.** Settings were chosen on fold 0's training and validation splits (decision 027),
+which show objects and videos that other folds test; the demo had shown fold 0's test split under
+two lengths of training before. A probe's penalty is chosen on the validation split. Differences
+are paired over clips and seeds; intervals are 95 % bootstrap intervals resampled by object,
+background and seed. One primary contrast a question is decided on, its p-value corrected by
+Holm's procedure over all questions, those not run yet included; the others are uncorrected. A
+claim whose difference cannot be shown is reported as not shown here.
 """
 
 

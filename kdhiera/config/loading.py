@@ -128,7 +128,11 @@ def assign(raw: dict[str, Any], key: str, value: object) -> None:
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     """All problems in one line, unknown keys with their nearest valid neighbour."""
     lines = []
-    for item in error.errors():
+    found = error.errors()
+    for item in found:
+        inside = [o for o in found if o is not item and o["loc"][: len(item["loc"])] == item["loc"]]
+        if item["type"] == "too_short" and inside:
+            continue  # short only because what is wrong in it was left out
         where = ".".join(str(p) for p in item["loc"]) or "config"
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(

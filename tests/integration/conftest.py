@@ -1,15 +1,13 @@
 """Small real runs: real videos, real teachers, a small clip."""
 
 import functools
-import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from real_runs import MakeConfig, Member, read_tar, write_tar
+from real_runs import MakeConfig, Member, read_tar, write_config, write_tar
 
 from kdhiera.config import RunConfig, load
 from kdhiera.demo.prepare import Prepared
@@ -73,24 +71,6 @@ def usual(demo: Prepared, shards: list[Path]) -> dict[str, Any]:
             "log_every": 1,
         },
     }
-
-
-def write_config(
-    folder: Path, usual: Mapping[str, Any], name: str = "small", **sections: Any
-) -> Path:
-    """A config file in a folder, where its cache and its run will be too."""
-    values = {
-        **usual,
-        "name": name,
-        "run_dir": str(folder / f"run-{name}"),
-        "cache": {**usual["cache"], "dir": str(folder / "cache")},
-    }
-    for section, changes in sections.items():
-        merged = isinstance(changes, Mapping) and isinstance(values.get(section), Mapping)
-        values[section] = {**values[section], **changes} if merged else changes
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(json.loads(json.dumps(values))))
-    return path
 
 
 @pytest.fixture

@@ -1,13 +1,16 @@
 """What integration tests share: tars, and the command line as a user runs it."""
 
 import io
+import json
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.reader import CacheReader
@@ -62,3 +65,21 @@ def contents(config: RunConfig) -> dict[str, object]:
                 *(a[i].tobytes() for c in rows.columns.values() for a in c.values()),
             )
     return found
+
+
+def write_config(
+    folder: Path, usual: Mapping[str, Any], name: str = "small", **sections: Any
+) -> Path:
+    """A config file in a folder, where its cache and its run will be too."""
+    values = {
+        **usual,
+        "name": name,
+        "run_dir": str(folder / f"run-{name}"),
+        "cache": {**usual["cache"], "dir": str(folder / "cache")},
+    }
+    for section, changes in sections.items():
+        merged = isinstance(changes, Mapping) and isinstance(values.get(section), Mapping)
+        values[section] = {**values[section], **changes} if merged else changes
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(values))))
+    return path

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import write_config
 from labelled_runs import NUM_CLIPS, write_splits
 from matplotlib.image import imread
-from real_runs import COMMAND, kdhiera
+from real_runs import COMMAND, kdhiera, write_config
 
 from kdhiera.ablation.records import load_record, record_path
 from kdhiera.demo.prepare import Prepared

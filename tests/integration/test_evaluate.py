@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_config
 from labelled_runs import NUM_CLIPS, with_export, write_splits
-from real_runs import read_tar, write_tar
+from real_runs import read_tar, write_config, write_tar
 from sklearn.neighbors import KNeighborsClassifier
 
 from kdhiera.config import RunConfig, load

@@ -10,10 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 
-from conftest import write_config
 from labelled_runs import with_export
 from numbered import render
-from real_runs import write_tar
+from real_runs import write_config, write_tar
 
 from kdhiera.config import RunConfig, load
 from kdhiera.data.sandbox import Sandbox

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import write_config
 from PIL import Image
-from real_runs import Member, write_tar
+from real_runs import Member, write_config, write_tar
 
 from kdhiera.cli import main
 from kdhiera.config import RunConfig, load
