@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install lint type test pipeline study bench docs clean
+.PHONY: install lint type test test-all pipeline study bench docs clean
 
 install: .venv/.installed ## virtual environment with pinned versions
 
@@ -19,8 +19,11 @@ lint: install type ## formatting, lint rules, import layers, types
 type: install
 	$(BIN)/mypy
 
-test: install ## all tests
+test: install ## the tests, in a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+test-all: install ## the tests marked `long` too
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m ""
 
 pipeline: install ## demo data, extract, distill, evaluate, report
 	$(BIN)/python -m kdhiera.pipelines.demo
