@@ -18,7 +18,6 @@ from kdhiera.progress import Progress, make_progress
 from kdhiera.report.claim import claim_lines, claim_table, claims
 from kdhiera.report.pages import (
     CacheFacts,
-    Control,
     Picture,
     ReportData,
     TargetFacts,
@@ -26,6 +25,7 @@ from kdhiera.report.pages import (
     write_report,
 )
 from kdhiera.report.tables import to_text
+from kdhiera.results import Control
 from kdhiera.stages.distill import DistillSummary, distill
 from kdhiera.stages.evaluate import EvaluateSummary, evaluate
 from kdhiera.stages.extract_teachers import ExtractSummary, extract
