@@ -10,18 +10,18 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kdhiera.cache.fingerprint import (
-    canonical_json,
-)
+from kdhiera.cache.fingerprint import canonical_json
 from kdhiera.cache.layout import column_id
-from kdhiera.cache.snapshot import SNAPSHOT_FILE, save_snapshot
+from kdhiera.cache.snapshot import SNAPSHOT_FILE, Snapshot, save_snapshot
 from kdhiera.config import RunConfig, StudentConfig, dump
 from kdhiera.data.patterns import expand
 from kdhiera.data.shards import index_shards
@@ -39,14 +39,16 @@ from kdhiera.student.heads import HeadSpec, build_heads
 from kdhiera.student.initial import load_init
 from kdhiera.student.official import weights_sha256
 from kdhiera.training.loop import TrainSummary, check_resumable, num_steps, train
+from kdhiera.training.ranks import ALONE, Ranks
 from kdhiera.training.step import Predictor
 
 logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 128  # neighbours kept together in the sample order: one Zarr shard
+LOCK_SECONDS = 30.0  # for ranks that were started anew while those before them still die
 FREE_SETTINGS = (  # of `train`: they do not decide the weights that come out
     "device", "log_every", "save_every", "keep_last", "prefetch", "num_threads",
-    "grad_checkpointing",
+    "grad_checkpointing", "accumulate", "num_workers", "use_gpu", "max_failures",
 )  # fmt: skip
 
 
@@ -93,37 +95,50 @@ class DistillSummary:
 
 
 def distill(
-    config: RunConfig, *, progress: Progress, resume: bool = False, overwrite: bool = False
+    config: RunConfig,
+    *,
+    progress: Progress,
+    resume: bool = False,
+    overwrite: bool = False,
+    ranks: Ranks = ALONE,
+    stop: threading.Event | None = None,
 ) -> DistillSummary:
-    """Train the student and export it.
+    """Train the student and export it; `launch` starts several ranks that do so together.
 
     Args:
         config: The run.
         progress: Where progress is shown.
         resume: Refuse to start anew.
         overwrite: Throw an earlier run in the same folder away.
+        ranks: Who trains together; all call this alike.
+        stop: See `train`.
 
     Raises:
         UsageError: If there is no cache, or a tap or layer does not exist.
         MismatchError: If cache or run folder were made for another config.
         StoppedError: After SIGTERM or SIGINT, with a checkpoint.
+        RankLostError: If another rank dies.
     """
     folder = Path(config.run_dir)
+    ranks.num_clips(config.train)
     if resume and not (folder / "checkpoints").is_dir():
         raise UsageError(f"--resume: there is no checkpoint in {folder}")
-    with open_source(config, None if overwrite else begun_with(folder)) as opened:
+    snapshot = ranks.first(lambda: _snapshot(config, ranks, anew=overwrite))
+    with open_source(config, snapshot, ranks) as opened:
         student, heads, specs = student_of(config, opened)
         _check_phases(config, num_steps(config.train, opened.source.num_samples))
         resolve_precision(config.train.precision, resolve_device(config.train.device))
         identity = identity_of(config, opened)
-        with _locked(folder):
+
+        def begin() -> None:
             if overwrite:
-                _clear(folder)
+                clear(folder)
             check_resumable(folder, identity)
             if opened.commits is not None:
                 save_snapshot(folder, opened.commits)
             write_atomic(folder / "config.yaml", dump(config).encode())
-            summary = _train(config, opened, student, heads, specs, identity, progress)
+
+        def end() -> None:
             export(
                 student,
                 config.student,
@@ -131,6 +146,26 @@ def distill(
                 name=config.name,
                 provenance={"steps": summary.steps, **identity},
             )
+
+        with locked(folder, ranks):
+            ranks.first(begin)
+            summary = train(
+                student=student,
+                heads=heads,
+                targets=specs,
+                source=opened.source,
+                masks=config.mask_schedule,
+                num_views=config.views.num,
+                objective=config.objective,
+                config=config.train,
+                run_dir=folder,
+                identity=identity,
+                progress=progress,
+                block=BLOCK_ROWS,
+                ranks=ranks,
+                stop=stop,
+            )
+            ranks.first(end)
     return DistillSummary(
         run_dir=config.run_dir,
         mode=config.cache.mode,
@@ -169,29 +204,12 @@ def _check_phases(config: RunConfig, steps: int) -> None:
         )
 
 
-def _train(
-    config: RunConfig,
-    opened: Opened,
-    student: Student,
-    heads: Predictor,
-    specs: Sequence[TargetSpec],
-    identity: Mapping[str, Any],
-    progress: Progress,
-) -> TrainSummary:
-    return train(
-        student=student,
-        heads=heads,
-        targets=specs,
-        source=opened.source,
-        masks=config.mask_schedule,
-        num_views=config.views.num,
-        objective=config.objective,
-        config=config.train,
-        run_dir=Path(config.run_dir),
-        identity=identity,
-        progress=progress,
-        block=BLOCK_ROWS,
-    )
+def _snapshot(config: RunConfig, ranks: Ranks, *, anew: bool) -> Snapshot | None:
+    """What a run reads of its cache, which may grow between one rank's look and another's."""
+    begun = None if anew else begun_with(Path(config.run_dir))
+    if begun is None and ranks.size > 1 and config.cache.mode == "cached":
+        return open_cache(config).commits
+    return begun
 
 
 def student_of(config: RunConfig, opened: Opened) -> tuple[Student, Predictor, list[TargetSpec]]:
@@ -302,23 +320,40 @@ def identity_of(config: RunConfig, opened: Opened) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process a run folder."""
+def locked(folder: Path, ranks: Ranks = ALONE) -> Iterator[None]:
+    """One run at a time in a run folder; the first rank holds the lock for all.
+
+    Raises:
+        UsageError: If another run holds it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
+
+    def acquire() -> None:
+        try:
+            lock.acquire(timeout=0 if ranks.size == 1 else LOCK_SECONDS)
+        except Timeout:
+            raise UsageError(
+                f"another process trains in {folder}: wait for it, or choose another run_dir"
+            ) from None
+
+    ranks.first(acquire)
     try:
-        with lock.acquire(timeout=0):
-            yield
-    except Timeout:
-        raise UsageError(
-            f"another process trains in {folder}: wait for it, or choose another run_dir"
-        ) from None
+        yield
+    finally:
+        lock.release()
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
     """Remove what an earlier run left, and only that."""
-    for name in ("checkpoints", "tensorboard", "export", "replay", "report", "pictures"):
+    for name in ("checkpoints", "tensorboard", "export", "replay", "report", "pictures", "ray"):
         shutil.rmtree(folder / name, ignore_errors=True)
     files = ("metrics.jsonl", "config.yaml", "evaluation.json", "features.npz", "report.md")
     for name in (*files, SNAPSHOT_FILE):
         (folder / name).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    from kdhiera.stages.launch import main
+
+    sys.exit(main())

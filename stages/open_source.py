@@ -33,6 +33,7 @@ from kdhiera.teachers.build import warn_of_scores
 from kdhiera.training.batches import ClipSource
 from kdhiera.training.live import LIVE_ENCODING, LiveSource
 from kdhiera.training.loop import CHECKPOINTS
+from kdhiera.training.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +80,16 @@ class _Cached:
 
 
 @contextlib.contextmanager
-def open_source(config: RunConfig, snapshot: Snapshot | None) -> Iterator[Opened]:
+def open_source(
+    config: RunConfig, snapshot: Snapshot | None, ranks: Ranks = ALONE
+) -> Iterator[Opened]:
     """What the config trains from: its cache, or live teachers until the block ends.
 
     Args:
         config: The run.
         snapshot: What a run that goes on began with; see `open_cache`.
+        ranks: Who trains together: with live teachers each has its own, and a share of the
+            clips to try at the start.
 
     Raises:
         UsageError: If there is no cache, or the objective needs one and the mode is live.
@@ -112,6 +117,7 @@ def open_source(config: RunConfig, snapshot: Snapshot | None) -> Iterator[Opened
             sandbox=sandbox,
             featurizer=featurizer,
             layers=layers,
+            ranks=ranks,
         )
         yield Opened(
             source=source,
