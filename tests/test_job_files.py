@@ -29,7 +29,7 @@ def commands(text: str) -> list[list[str]]:
     """Command lines of kdhiera in a text, without what the shell makes of their ends."""
     for place, what in PLACES.items():
         text = text.replace(place, what)
-    found = [re.split(r" && | &$|'$|`|\)$| #", line)[0] for line in COMMAND.findall(text)]
+    found = [re.split(r" && | &$|'|`|\)$| #", line)[0] for line in COMMAND.findall(text)]
     return [shlex.split(line) for line in found]
 
 

@@ -1,5 +1,6 @@
 """Runs of several ranks from their commands: torchrun, and Ray Train."""
 
+import io
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from real_runs import COMMAND, MakeConfig
 
 from kdhiera.config import load
 from kdhiera.errors import ExitCode
+from kdhiera.progress import PlainProgress
+from kdhiera.stages.distill import distill
 from kdhiera.training import checkpoint
 from kdhiera.training.metrics import read_metrics
 
@@ -96,14 +99,9 @@ def test_torchrun_trains_stops_on_a_signal_and_goes_on(
     code, out, err = end(start(*TORCHRUN, pair, "--resume"))
     assert code == 0, err
     assert out.count("steps     15 of 8 clips") == 1
-    code, _, err = end(start(*COMMAND, "distill", alone))
-    assert code == 0, err
+    distill(load(alone), progress=PlainProgress(io.StringIO()))
     for ours, theirs in zip(lines_of(pair), lines_of(alone), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
-
-    code, _, err = end(start(*TORCHRUN, pair, "train.batch_size=9"))
-    assert code != 0
-    assert "error: train.batch_size is 9, which cannot be cut into 2 (ranks)" in err
 
 
 @pytest.mark.ray
@@ -127,6 +125,7 @@ def test_ray_workers_that_are_killed_are_started_anew(
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 def test_ray_trains_as_torchrun_does_and_hears_of_signals(
     make_config: MakeConfig, own_cache: Path
 ) -> None:
@@ -147,6 +146,7 @@ def test_ray_trains_as_torchrun_does_and_hears_of_signals(
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_what_ray_has_no_room_for_is_refused(make_config: MakeConfig, own_cache: Path) -> None:
     path = make_config("large", **RANDOM)
     code, _, err = end(

@@ -83,7 +83,7 @@ def test_two_ranks_have_the_losses_of_one(alone: Path, pair: Path) -> None:
     assert_close(pair, alone)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_parts_one_after_the_other_have_the_losses_of_all_at_once(
     alone: Path, tmp_path: Path, size: int
 ) -> None:
@@ -92,6 +92,7 @@ def test_parts_one_after_the_other_have_the_losses_of_all_at_once(
     assert_close(tmp_path, alone)
 
 
+@pytest.mark.long
 def test_without_the_draws_of_the_whole_batch_losses_would_differ(
     alone: Path, tmp_path: Path
 ) -> None:
@@ -141,7 +142,7 @@ def test_a_run_goes_on_at_another_number_of_ranks(alone: Path, tmp_path: Path) -
     assert_close(tmp_path, alone)
 
 
-@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_signal_at_one_rank_stops_all_at_the_same_step(
     pair: Path, tmp_path: Path, asked: int
 ) -> None:
@@ -174,6 +175,7 @@ def test_a_rank_that_is_killed_costs_time_only(pair: Path, tmp_path: Path) -> No
     assert_equal(tmp_path, pair)
 
 
+@pytest.mark.long
 def test_three_ranks_go_on_to_the_bit(tmp_path: Path) -> None:
     """With three the order of adding matters: it must not depend on where a run began."""
 
@@ -284,6 +286,7 @@ with joined("cpu") as ranks:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_starts_ranks(pair: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     folder = str(Path(__file__).parent)
