@@ -214,16 +214,19 @@ def _work(settings: dict[str, Any]) -> None:
     config = RunConfig.model_validate_json(settings["config"])
     stop = threading.Event()
     threading.Thread(target=_listen, args=(hub, stop), daemon=True).start()
-    try:
-        with joined(config.train.device) as ranks:
-            progress = _HubProgress(hub) if ranks.is_first else _NoProgress(hub)
+    with joined(config.train.device) as ranks:
+        progress = _HubProgress(hub) if ranks.is_first else _NoProgress(hub)
+        try:
             summary = distill(config, progress=progress, ranks=ranks, stop=stop)
+        except RankLostError:
+            if ray.get(hub.outcome.remote()) is None:
+                raise
+            return  # the other told why it left
+        except KdhieraError as error:
+            ray.get(hub.tell.remote(error))
+            return
         if ranks.is_first:
             ray.get(hub.tell.remote(summary))
-    except RankLostError:
-        raise
-    except KdhieraError as error:
-        ray.get(hub.tell.remote(error))
 
 
 def _listen(hub: Any, stop: threading.Event) -> None:

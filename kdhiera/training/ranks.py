@@ -137,8 +137,8 @@ def joined(device: str) -> Iterator[Ranks]:
     """The ranks that a launcher's environment names, joined for the length of the block.
 
     `torchrun` and Ray Train set RANK, WORLD_SIZE, LOCAL_RANK and where they meet. Without them
-    this process is alone. Processes that have met already (Ray Train's) have their GPUs, and are
-    not parted at the end.
+    this process is alone. Processes that have met already (Ray Train's) have their GPUs. At the
+    end they part, so that no rank waits for one that has failed.
 
     Args:
         device: `train.device`; on GPUs every rank takes the one of its number on its machine.
@@ -151,8 +151,7 @@ def joined(device: str) -> Iterator[Ranks]:
     if size == 1:
         yield ALONE
         return
-    here = not dist.is_initialized()
-    if here:
+    if not dist.is_initialized():
         kind = _own_device(device)
         try:
             dist.init_process_group(BACKENDS[kind])
@@ -164,8 +163,7 @@ def joined(device: str) -> Iterator[Ranks]:
     try:
         yield Ranks(rank=dist.get_rank(), size=dist.get_world_size())
     finally:
-        if here:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def _own_device(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -154,3 +155,32 @@ def test_what_ray_has_no_room_for_is_refused(make_config: MakeConfig, own_cache:
     )
     assert code == ExitCode.USAGE
     assert "error: 2 workers need 1000 CPUs and the Ray cluster has" in err
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.long
+def test_what_trying_again_cannot_mend_is_told_at_once(
+    make_config: MakeConfig, own_cache: Path
+) -> None:
+    path = make_config("damaged", **RANDOM)
+    for chunk in own_cache.rglob("base.zarr/pixels/c.*"):
+        chunk.unlink()
+    code, _, err = end(start(*COMMAND, "distill", path, "train.num_workers=2"))
+    assert code == ExitCode.FAILED
+    assert re.search(r"^error: .*pixels", err, re.MULTILINE), err
+    assert err.count("Started training worker group") <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_live_teachers_at_two_ranks_are_those_of_one(
+    make_config: MakeConfig, own_cache: Path
+) -> None:
+    live = {**RANDOM, "train": {**RANDOM["train"], "max_steps": 4}}
+    alone, pair = (make_config(name, **live) for name in ("alone", "pair"))
+    code, _, err = end(start(*TORCHRUN, pair, "cache.mode=live"))
+    assert code == 0, err
+    distill(load(alone), progress=PlainProgress(io.StringIO()))
+    for ours, theirs in zip(lines_of(pair), lines_of(alone), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)

@@ -23,7 +23,7 @@ from kdhiera.errors import KdhieraError, MismatchError, StoppedError, UsageError
 from kdhiera.training import checkpoint
 from kdhiera.training.loop import check_resumable
 from kdhiera.training.metrics import read_metrics
-from kdhiera.training.ranks import ALONE, GradientMean, RankLostError, Ranks
+from kdhiera.training.ranks import ALONE, GradientMean, RankLostError, Ranks, joined
 
 STEPS = 16
 EVERYTHING: dict[str, Any] = {
@@ -231,6 +231,19 @@ def test_ranks_of_other_runs_are_refused(tmp_path: Path) -> None:
     told = together(2, different, tmp_path)
     assert all(isinstance(each, MismatchError) for each in told)
     assert "differ in lr (1, 0): all ranks need the same config" in str(told[0])
+
+
+def test_ranks_without_a_place_to_meet_are_told_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with (
+        pytest.raises(UsageError, match=r"2 ranks cannot meet .*MASTER_ADDR.* with torchrun"),
+        joined("cpu"),
+    ):
+        pass
 
 
 def test_ranks_that_do_not_share_a_run_folder_are_refused(tmp_path: Path, pair: Path) -> None:
