@@ -23,7 +23,8 @@ from kdhiera.data.patterns import expand
 from kdhiera.data.shards import ShardIndex, index_shard
 from kdhiera.devices import resolve_precision
 from kdhiera.stages.assemble import featurizer_of
-from kdhiera.stages.distill import BLOCK_ROWS, Opened, open_source, student_of
+from kdhiera.stages.distill import BLOCK_ROWS, student_of
+from kdhiera.stages.open_source import Opened, open_source
 from kdhiera.training.batches import Batch, batches
 from kdhiera.training.optim import build_schedule
 from kdhiera.training.step import Learner

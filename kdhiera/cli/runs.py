@@ -84,10 +84,10 @@ def distill(
     """
     run = load(config, overrides)
     from kdhiera.progress import make_progress
-    from kdhiera.stages.distill import distill as run_distill
+    from kdhiera.stages.launch import launch
 
     with make_progress() as progress:
-        summary = run_distill(run, progress=progress, resume=resume, overwrite=overwrite)
+        summary = launch(run, progress=progress, resume=resume, overwrite=overwrite)
     emit(summary, summary.describe, as_json)
 
 
