@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from kdhiera.cli.caches import cache_app
 from kdhiera.cli.common import EXIT_CODES, with_examples
 from kdhiera.cli.configs import config_app
+from kdhiera.cli.datasets import data_app
 from kdhiera.cli.runs import run_app
 from kdhiera.errors import ExitCode, KdhieraError
 
@@ -21,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data_app)
 app.add_typer(run_app)
 app.add_typer(
     config_app,
