@@ -40,6 +40,7 @@ from kdhiera.results import (
     to_json,
 )
 from kdhiera.stages.assemble import exported_student
+from kdhiera.stages.environment import record_environment
 from kdhiera.stages.findings import put_together
 from kdhiera.stages.frozen import Features, FrozenModel, FrozenStage
 from kdhiera.stages.jobs import Job, jobs
@@ -154,6 +155,7 @@ def evaluate(
     if done is not None:
         logger.info("this student was evaluated before: results are those of %s", files.document)
         return done
+    record_environment(folder, "evaluate", device=resolve_device(config.train.device))
     own, others = Kept(folder / "measured"), Kept(baselines or folder / "baselines")
     splits, features, scored = _measured(config, shards, export, own, others, progress)
     found = put_together(settings, splits, scored, pairs={STUDENT: (RANDOM, SCRATCH)})

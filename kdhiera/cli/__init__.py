@@ -27,7 +27,10 @@ app.add_typer(run_app)
 app.add_typer(
     config_app,
     name="config",
-    cls=with_examples(TyperGroup, ("kdhiera config show configs/demo.yaml",)),
+    cls=with_examples(
+        TyperGroup,
+        ("kdhiera config show configs/demo.yaml", "kdhiera config check configs/demo.yaml"),
+    ),
 )
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from kdhiera.cli.common import AsJson, command, emit
-from kdhiera.errors import UsageError
+from kdhiera.cli.common import AsJson, Overrides, command, emit
+from kdhiera.errors import ExitCode, UsageError
 
 data_app = typer.Typer()
 
@@ -124,3 +124,31 @@ def _share(text: str) -> tuple[str, float]:
         raise UsageError(
             f"--split {text}: write a name and a share, such as validation=0.1"
         ) from None
+
+
+@command(
+    "doctor",
+    "kdhiera doctor",
+    "kdhiera doctor configs/demo.yaml",
+    "kdhiera doctor configs/demo.yaml cache.dir=s3://bucket/caches/demo --json",
+    to=data_app,
+)
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="Checked too: the run's YAML file.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine, and a config's run on it.
+
+    Versions, devices, decoders (a clip is made and decoded), Ray (is started), disks, limits,
+    the bucket of the cache (an object is written and removed). With a config, also all that
+    `kdhiera config check` looks at. Exit code 1 if something does not work.
+    """
+    from kdhiera.stages.doctor import examine
+
+    checks = examine(config, overrides or ())
+    emit(checks, checks.describe, as_json)
+    if checks.failed:
+        raise typer.Exit(ExitCode.FAILED)
