@@ -104,8 +104,8 @@ def _shards(
         try:
             paths += expand([pattern])
         except KdhieraError as error:
-            words = str(error).removeprefix("data.shards: ")  # the name says which they are
-            checks.append(fail(name, words, ExitCode.USAGE))
+            said = str(error).removeprefix("data.shards: ")  # the name says which they are
+            checks.append(fail(name, said, ExitCode.USAGE))
     shards: list[ShardIndex] = []
     problems: list[str] = []
     for found in try_index_shards(list(dict.fromkeys(paths))):
@@ -199,7 +199,8 @@ def _student(config: RunConfig) -> tuple[Student | None, list[Check]]:
         checks.append(fail("student", str(error), error.exit_code))
     if student is not None and not checks:
         count = sum(weight.numel() for weight in student.backbone.parameters()) / 1e6
-        words = f"{settings.kind} {settings.size}, {count:.1f} M weights, read at {', '.join(sorted(set(taps)))}"
+        read_at = ", ".join(sorted(set(taps)))
+        words = f"{settings.kind} {settings.size}, {count:.1f} M weights, read at {read_at}"
         checks.append(ok("student", words))
     return student, checks
 

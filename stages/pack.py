@@ -188,6 +188,8 @@ class PackSummary:
         if self.passed_by:
             said = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.passed_by.items()))
             yield f"passed by {said}"
+        if self.num_videos:
+            yield f"next      kdhiera init my.yaml --videos {self.out}"
         if self.exit_code:
             yield (
                 f"too many of the videos cannot be packed ({len(self.skipped):,} of "

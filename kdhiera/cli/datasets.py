@@ -126,6 +126,66 @@ def _share(text: str) -> tuple[str, float]:
         ) from None
 
 
+class Teachers(StrEnum):
+    """Which teachers a config is written for."""
+
+    DEMO = "demo"
+    BASE = "base"
+
+
+@command(
+    "init",
+    "kdhiera init my.yaml --videos 'my-shards/*.tar'",
+    "kdhiera init my.yaml --videos my-shards --teachers base",
+    "kdhiera init my.yaml --videos 's3://videos/train-{000..099}.tar' --force",
+    to=data_app,
+)
+def init(
+    config_out: Annotated[
+        str, typer.Argument(metavar="CONFIG_OUT", help="The YAML file to write.")
+    ],
+    shards: Annotated[
+        list[str] | None, typer.Argument(metavar="[PATTERN]...", help="The same as --videos.")
+    ] = None,
+    videos: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--videos",
+            metavar="PATTERN",
+            help="Your shards: a folder of them, paths or s3:// addresses with globs and braces. "
+            "May be repeated.",
+        ),
+    ] = None,
+    teachers: Annotated[
+        Teachers | None,
+        typer.Option(
+            "--teachers",
+            help="demo: the demo's small ones; base: DINOv2-B and VideoMAE-B. By default demo "
+            "where these are there and no GPU is.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look at your shards and write a config that fits them, with comments.
+
+    Sizes, frame rates and lengths of some videos decide the clips; labels and splits, if there
+    are any, the evaluation.
+    """
+    patterns = [*(videos or ()), *(shards or ())]
+    if not patterns:
+        raise UsageError("name your shards: kdhiera init my.yaml --videos 'my-shards/*.tar'")
+    from kdhiera.progress import make_progress
+    from kdhiera.stages import initialise
+
+    chosen = None if teachers is None else initialise.Teachers(teachers.value)
+    with make_progress() as progress:
+        summary = initialise.initialise(
+            config_out, patterns, teachers=chosen, force=force, progress=progress
+        )
+    emit(summary, summary.describe, as_json)
+
+
 @command(
     "doctor",
     "kdhiera doctor",
