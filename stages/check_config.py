@@ -21,6 +21,7 @@ from kdhiera.evaluation.attentive import check_heads
 from kdhiera.progress import counted
 from kdhiera.stages.cache_diff import diff_cache
 from kdhiera.stages.checks import Check, Checks, attempt, fail, ok, warn
+from kdhiera.stages.clips import labels_at, spread
 from kdhiera.stages.distill import begun_with, identity_of, open_cache
 from kdhiera.stages.extract_plan import existing_cache, identities_of, resolve_precisions
 from kdhiera.stages.labelled import SPLITS
@@ -32,6 +33,7 @@ from kdhiera.teachers.build import build_named_teacher, check_teachers
 from kdhiera.training.loop import CHECKPOINTS, check_resumable, num_steps
 
 _SHOWN_PROBLEMS = 5
+_LABELLED = 500  # samples of a split whose labels are read
 
 
 def check_config(path: str, overrides: Sequence[str] = ()) -> Checks:
@@ -303,6 +305,7 @@ def _evaluation(config: RunConfig, student: Student | None) -> Iterator[Check]:
         found[split], checks = _shards(f"evaluate.{split}", getattr(settings, split), config)
         yield from checks
     yield from _shared(found)
+    yield from _labels(settings, found)
     if student is not None and "attentive" in settings.methods:
         yield attempt("evaluation", lambda: _heads(settings, student))
 
@@ -316,6 +319,40 @@ def _shared(found: Mapping[str, Sequence[ShardIndex]]) -> Iterator[Check]:
             if other != split:
                 words = f"{shard.path} is in {other} as well: results on clips that were learnt"
                 yield warn(f"evaluate.{split}", words)
+
+
+def _labels(settings: EvaluateConfig, found: Mapping[str, Sequence[ShardIndex]]) -> Iterator[Check]:
+    """Whether labels are there, and what is learnt is what is asked; some samples are read."""
+    values: dict[str, dict[str, set[str]]] = {}
+    for split, shards in found.items():
+        places = [(shard, i) for shard in shards for i in range(len(shard.samples))]
+        values[split] = {}
+        for labels in labels_at(spread(places, _LABELLED)):
+            for label, value in labels.items():
+                values[split].setdefault(label, set()).add(str(value))
+    learnt = values["train"]
+    if not found["train"]:
+        return  # said of the shards
+    wanted = settings.labels or tuple(sorted(learnt.keys() - set(settings.groups)))
+    missing = [label for label in (*wanted, *settings.groups) if label not in learnt]
+    if missing or not wanted:
+        words = (
+            f"the clips of evaluate.train have no label {', '.join(missing) or 'at all'}; they "
+            f"have: {', '.join(sorted(learnt)) or 'none'}"
+        )
+        yield fail("labels", words, ExitCode.USAGE)
+        return
+    for label in wanted:
+        classes = counted(len(learnt[label]), "value")
+        lacking = [
+            s for s in SPLITS if found[s] and not learnt[label] & values[s].get(label, set())
+        ]
+        if len(learnt[label]) < 2:
+            yield warn("labels", f"{label}: {classes} in training: there is nothing to tell apart")
+        elif lacking:
+            yield warn("labels", f"{label}: none of its values in training is in {lacking[0]}")
+        else:
+            yield ok("labels", f"{label}: {classes} in training")
 
 
 def _heads(settings: EvaluateConfig, student: Student) -> str:

@@ -155,9 +155,9 @@ def evaluate(
     if done is not None:
         logger.info("this student was evaluated before: results are those of %s", files.document)
         return done
-    record_environment(folder, "evaluate", device=resolve_device(config.train.device))
     own, others = Kept(folder / "measured"), Kept(baselines or folder / "baselines")
     splits, features, scored = _measured(config, shards, export, own, others, progress)
+    record_environment(folder, "evaluate", device=resolve_device(config.train.device))
     found = put_together(settings, splits, scored, pairs={STUDENT: (RANDOM, SCRATCH)})
     num_groups = {name: len(set(values)) for name, values in found.outcomes.groups.items()}
     if len(settings.seeds) > 1:

@@ -12,7 +12,6 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -33,7 +32,7 @@ from kdhiera.errors import UsageError
 from kdhiera.grid import UNIT_PX
 from kdhiera.progress import Progress, counted
 from kdhiera.stages.assemble import decode_limits
-from kdhiera.stages.clips import READ_THREADS, Place
+from kdhiera.stages.clips import labels_at, spread
 from kdhiera.stages.pack import EXTENSIONS, REST, WHOLE
 from kdhiera.storage import write_atomic
 
@@ -67,7 +66,7 @@ class Seen:
         num_shards: Of them.
         looks: Videos that can be read.
         failures: Why others cannot, in words.
-        labels: Values by label, of up to 500 samples.
+        labels: Values by label, by split or for all, of up to 500 samples of each.
         extensions: Of videos that are read only if the config says so.
     """
 
@@ -76,17 +75,20 @@ class Seen:
     num_shards: int
     looks: tuple[Look, ...]
     failures: tuple[str, ...]
-    labels: Mapping[str, Sequence[str]]
+    labels: Mapping[str, Mapping[str, Sequence[str]]]
     extensions: tuple[str, ...]
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Labels that tell groups of videos apart."""
+        """Labels that tell groups of videos apart, and the same ones in every split."""
+        learnt = _learnt(self.labels)
+        others = [labels for use, labels in self.labels.items() if use not in (REST, WHOLE)]
         return tuple(
             sorted(
                 label
-                for label, values in self.labels.items()
+                for label, values in learnt.items()
                 if 2 <= len(set(values)) <= max(2, _MOST_DISTINCT * len(values))
+                and all({*values} & {*labels.get(label, ())} for labels in others)
             )
         )
 
@@ -265,9 +267,9 @@ def _by_split(paths: Sequence[str]) -> dict[str, list[str]]:
     return found if REST in found else {WHOLE: list(paths)}
 
 
-def _learnt(by_use: Mapping[str, Sequence[_T]]) -> Sequence[_T]:
+def _learnt(by_use: Mapping[str, _T]) -> _T:
     """What training reads: all that is, where there are no splits."""
-    return by_use.get(REST) or by_use[WHOLE]
+    return by_use[REST] if REST in by_use else by_use[WHOLE]
 
 
 def _globs(paths: Sequence[str], *, relative: bool) -> list[str]:
@@ -290,7 +292,7 @@ def _look(indices: Mapping[str, Sequence[ShardIndex]], progress: Progress) -> Se
         for member in shard.samples[i].members
     )
     more = tuple(extension for extension in MORE_EXTENSIONS if extension in extensions)
-    picked = _spread(places, PROBED)
+    picked = spread(places, PROBED)
     looks: list[Look] = []
     failures: list[str] = []
     bar = progress.start("look", len(picked), "videos")
@@ -324,25 +326,18 @@ def _look(indices: Mapping[str, Sequence[ShardIndex]], progress: Progress) -> Se
         num_shards=len(shards),
         looks=tuple(looks),
         failures=tuple(failures),
-        labels=_labels(_spread(places, _LABELLED)),
+        labels={use: _labels(found) for use, found in indices.items()},
         extensions=more,
     )
 
 
-def _spread(places: Sequence[Place], number: int) -> list[Place]:
-    """So many of the places, as far apart as can be."""
-    number = min(number, len(places))
-    return [places[i * len(places) // number] for i in range(number)]
-
-
-def _labels(places: Sequence[Place]) -> dict[str, list[str]]:
-    """Values by label; videos are not read."""
+def _labels(shards: Sequence[ShardIndex]) -> dict[str, list[str]]:
+    """Values by label, of some of the samples."""
+    places = [(shard, i) for shard in shards for i in range(len(shard.samples))]
     found: dict[str, list[str]] = {}
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        samples = pool.map(lambda place: read_sample(*place, video_extensions=()), places)
-        for sample in samples:
-            for label, value in sample.labels.items():
-                found.setdefault(label, []).append(str(value))
+    for labels in labels_at(spread(places, _LABELLED)):
+        for label, value in labels.items():
+            found.setdefault(label, []).append(str(value))
     return found
 
 
