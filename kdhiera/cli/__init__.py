@@ -58,6 +58,8 @@ app.add_typer(
     cls=with_examples(
         TyperGroup,
         (
+            "kdhiera pack my-videos my-shards",
+            "kdhiera init my.yaml --videos my-shards",
             "kdhiera extract-teachers configs/demo.yaml",
             "kdhiera distill configs/demo.yaml train.epochs=50",
             "kdhiera evaluate configs/demo.yaml",
