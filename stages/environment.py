@@ -28,7 +28,8 @@ PACKAGES = (
 def record_environment(run_dir: Path, stage: str, *, device: torch.device) -> None:
     """Write into `environment.json` of a run folder what a stage of the run uses.
 
-    The other stages' entries stay. No address, path, variable or argument is recorded.
+    It is that of the machine where the command runs, also where Ray works on others. Entries of
+    other stages stay. No address, path, variable or argument is recorded.
 
     Args:
         run_dir: Folder of the run; it is made.

@@ -11,22 +11,17 @@ from __future__ import annotations
 import csv
 import io
 import os
-import re
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from kdhiera.addresses import scheme_of
-from kdhiera.config import DecodeConfig
-from kdhiera.config.videos import DataConfig
-from kdhiera.data.clip import DecodeFailure, DecodeLimits, Look, shown
+from kdhiera.data.clip import shown
 from kdhiera.data.folders import (
     TABLES,
     Listing,
@@ -36,75 +31,16 @@ from kdhiera.data.folders import (
     read_table,
 )
 from kdhiera.data.keys import make_keys
-from kdhiera.data.packing import ShardWriter, describe_sample, sample_bytes
-from kdhiera.data.sandbox import Sandbox
-from kdhiera.errors import ExitCode, KdhieraError, StoppedError, UsageError
+from kdhiera.errors import ExitCode, UsageError
 from kdhiera.progress import Progress, counted, human_bytes
-from kdhiera.stages.pack_journal import JOURNAL, Journal, PackedShard, shard_name
-from kdhiera.stopping import stop_on_signals
-from kdhiera.storage import atomic_file, disk_errors, is_temporary, make_folder, write_atomic
-from kdhiera.views import RowStatus, stable_uniforms
+from kdhiera.stages.pack_journal import JOURNAL, Journal, PackedShard
+from kdhiera.stages.pack_order import PackSettings, queues_of
+from kdhiera.stages.pack_shards import fill
+from kdhiera.storage import disk_errors, is_temporary, make_folder, write_atomic
 
 SKIPPED = "skipped.csv"
-EXTENSIONS: tuple[str, ...] = DataConfig.model_fields["video_extensions"].default
-WHOLE = "videos"  # what shards are called where there are no splits
-REST = "train"  # the split of what no share takes
-_SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}")
 _SHOWN_LABELS = 12
 _LEAST_TO_JUDGE = 20  # videos
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackSettings:
-    """How videos are packed; each of these changes the shards, but for `num_children`.
-
-    Args:
-        shard_bytes: A shard is ended before it has more; a larger video has a shard of its own.
-        max_per_shard: Most samples of a shard.
-        folder_labels: Whether the first folder below the source is the label `class`.
-        splits: Share of the videos by name of split, in (0, 1); the rest is `train`. A video's
-            split depends on its path and the seed alone.
-        split_column: Column of the table that names the split instead.
-        shuffle: Mix the videos, so that shards are alike; otherwise they are in order of path.
-        seed: Of the mixing and the splits.
-        check: Look at every video and leave out those that cannot be read.
-        extensions: Files with these are videos, in lower case.
-        max_bad_fraction: More skipped videos than this share are too many, of 20 at least.
-        num_children: Processes that look; 0 means one a CPU.
-    """
-
-    shard_bytes: int = 256 * 10**6
-    max_per_shard: int = 1000
-    folder_labels: bool = False
-    splits: Mapping[str, float] = field(default_factory=dict)
-    split_column: str | None = None
-    shuffle: bool = False
-    seed: int = 0
-    check: bool = True
-    extensions: tuple[str, ...] = EXTENSIONS
-    max_bad_fraction: float = 0.1
-    num_children: int = 0
-
-    def __post_init__(self) -> None:
-        for name, share in self.splits.items():
-            if not _SPLIT.fullmatch(name) or name == REST:
-                raise UsageError(
-                    f"--split {shown(name)}={share:g}: a split is named with letters, digits, _ "
-                    f"and -, and `{REST}` is what the others leave: write --split validation=0.1"
-                )
-            if not 0 < share < 1:
-                raise UsageError(f"--split {name}={share:g}: a share lies between 0 and 1")
-        if sum(self.splits.values()) >= 1:
-            raise UsageError(f"the splits leave nothing for `{REST}`: make their shares smaller")
-        if self.splits and self.split_column is not None:
-            raise UsageError("splits come from shares or from a column: use only one of the two")
-
-    def identity(self) -> dict[str, Any]:
-        """All that changes the shards."""
-        values = asdict(self)
-        for name in ("max_bad_fraction", "num_children"):
-            values.pop(name)
-        return {**values, "extensions": sorted(self.extensions)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +164,7 @@ def pack(
         )
     folder = Path(out)
     listing = _list(source, settings, folder)
-    queues = _queues(listing.videos, settings)
+    queues = queues_of(listing.videos, settings)
     keys = dict(
         zip(
             (video.name for video in listing.videos),
@@ -252,7 +188,7 @@ def pack(
         for name in os.listdir(folder):
             if is_temporary(name):  # of a call that was killed
                 (folder / name).unlink()
-        _fill(folder, journal, queues, keys, settings, progress)
+        fill(folder, journal, queues, keys, settings, progress)
         skipped = (*listing.skipped, *(s for shard in journal.shards for s in shard.skipped))
         _write_skipped(folder / SKIPPED, skipped)
     return PackSummary(
@@ -305,246 +241,6 @@ def _list(source: str, settings: PackSettings, out: Path) -> Listing:
             f"looked for {', '.join(settings.extensions)}): {advice}"
         )
     return listing
-
-
-def _queues(
-    videos: Sequence[VideoFile], settings: PackSettings
-) -> dict[str, tuple[VideoFile, ...]]:
-    """Videos by split, each in the order they are packed."""
-    names = [WHOLE]
-    if settings.splits:
-        names = [REST, *settings.splits]
-    elif settings.split_column is not None:
-        names = sorted({video.split for video in videos})
-        wrong = [name for name in names if not _SPLIT.fullmatch(name)]
-        if wrong:
-            raise UsageError(
-                f"column {settings.split_column} names the split '{shown(wrong[0], 60)}': use "
-                "letters, digits, _ and -, for files are called so"
-            )
-    queues: dict[str, list[VideoFile]] = {name: [] for name in names}
-    for video in videos:
-        queues[_split_of(video, settings)].append(video)
-    if settings.shuffle:
-        for queue in queues.values():
-            queue.sort(key=lambda video: _draw("order", settings.seed, video))
-    return {name: tuple(queue) for name, queue in queues.items()}
-
-
-def _split_of(video: VideoFile, settings: PackSettings) -> str:
-    if not settings.splits:
-        return video.split or WHOLE
-    drawn = _draw("split", settings.seed, video)
-    for name, share in settings.splits.items():
-        if drawn < share:
-            return name
-        drawn -= share
-    return REST
-
-
-def _draw(what: str, seed: int, video: VideoFile) -> float:
-    """A number in (0, 1) that is the video's own, whatever other videos there are."""
-    return float(stable_uniforms(1, f"pack {what}", seed, video.name)[0])
-
-
-def _fill(
-    folder: Path,
-    journal: Journal,
-    queues: Mapping[str, Sequence[VideoFile]],
-    keys: Mapping[str, str],
-    settings: PackSettings,
-    progress: Progress,
-) -> None:
-    """Pack what the journal does not have yet."""
-    left = {split: queue[journal.taken(split) :] for split, queue in queues.items()}
-    total = sum(map(len, left.values()))
-    if not total:
-        return
-    limits = DecodeLimits(**DecodeConfig().model_dump(exclude={"num_children"}))
-    children = settings.num_children or os.cpu_count() or 1
-    num_skipped = 0
-
-    def advance(packed: int, skipped: int) -> None:
-        nonlocal num_skipped
-        num_skipped += skipped
-        progress.advance(bar, packed + skipped, skipped=num_skipped)
-
-    looking = Sandbox(limits, num_children=children) if settings.check else nullcontext()
-    with stop_on_signals() as stop, looking as sandbox:
-        bar = progress.start("pack", total, "videos")
-        for split, queue in left.items():
-            _fill_split(
-                folder,
-                split,
-                _Good(_looked(queue, sandbox, limits, ahead=children)),
-                journal=journal,
-                keys=keys,
-                settings=settings,
-                stop=stop,
-                advance=advance,
-            )
-        progress.finish(bar)
-
-
-_Looked = tuple[VideoFile, "bytes | Skipped"]
-
-
-def _looked(
-    videos: Sequence[VideoFile], sandbox: Sandbox | None, limits: DecodeLimits, *, ahead: int
-) -> Iterator[_Looked]:
-    """Every video's bytes, or why it is skipped; a bounded number is read ahead."""
-    waiting: deque[tuple[VideoFile, bytes | Skipped, Future[Look | DecodeFailure] | None]] = deque()
-
-    def first() -> _Looked:
-        video, content, look = waiting.popleft()
-        outcome = None if look is None else look.result()
-        if isinstance(outcome, DecodeFailure):
-            status, reason = outcome.status.value, outcome.message
-            return video, Skipped(name=video.name, status=status, reason=reason)
-        return video, content
-
-    for video in videos:
-        content = _read(video, limits if sandbox is not None else None)
-        look = None
-        if sandbox is not None and isinstance(content, bytes):
-            look = sandbox.look(content)
-        waiting.append((video, content, look))
-        if len(waiting) > ahead:
-            yield first()
-    while waiting:
-        yield first()
-
-
-def _read(video: VideoFile, limits: DecodeLimits | None) -> bytes | Skipped:
-    """All bytes of a video that is still the one that was listed.
-
-    Raises:
-        KdhieraError: If it is another one by now.
-    """
-    if limits is not None and video.num_bytes > limits.max_video_bytes:
-        reason = (
-            f"{video.num_bytes} bytes, decode.max_video_bytes is {limits.max_video_bytes} unless "
-            "a config sets it; --no-check packs the video"
-        )
-        return Skipped(name=video.name, status=RowStatus.DECODE_LIMIT.value, reason=reason)
-    try:
-        with open(video.path, "rb") as file:
-            found = os.fstat(file.fileno())
-            data = file.read()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        return Skipped(name=video.name, status="not_readable", reason=reason)
-    if (found.st_size, found.st_mtime_ns) != (video.num_bytes, video.modified_ns) or len(
-        data
-    ) != video.num_bytes:
-        raise KdhieraError(
-            f"{shown(video.path)} changed after it was listed: leave the videos alone while they "
-            "are packed, and start again with --overwrite"
-        )
-    return data
-
-
-class _Good:
-    """The good videos of a stream, one ahead; keeps count of all that were taken.
-
-    Args:
-        looked: Videos with their bytes, or why they are skipped.
-    """
-
-    def __init__(self, looked: Iterator[_Looked]) -> None:
-        self._looked = looked
-        self._held: tuple[VideoFile, bytes] | None = None
-        self._taken = 0
-        self._skipped: list[Skipped] = []
-
-    def peek(self) -> tuple[VideoFile, bytes] | None:
-        """The next good one, None if there is none."""
-        while self._held is None and (found := next(self._looked, None)) is not None:
-            video, content = found
-            if isinstance(content, Skipped):
-                self._skipped.append(content)
-                self._taken += 1
-            else:
-                self._held = video, content
-        return self._held
-
-    def drop(self) -> None:
-        """Take the one that `peek` shows."""
-        self._held = None
-        self._taken += 1
-
-    def count(self) -> tuple[int, tuple[Skipped, ...]]:
-        """Videos taken since the last call, and those of them that were skipped."""
-        counted_now = self._taken, tuple(self._skipped)
-        self._taken, self._skipped = 0, []
-        return counted_now
-
-
-def _fill_split(
-    folder: Path,
-    split: str,
-    good: _Good,
-    *,
-    journal: Journal,
-    keys: Mapping[str, str],
-    settings: PackSettings,
-    stop: Event,
-    advance: Callable[[int, int], None],
-) -> None:
-    """Pack shard by shard until no video is left.
-
-    Args:
-        folder: Where they go.
-        split: What they are called.
-        good: The videos.
-        journal: Told of every shard.
-        keys: By name of video.
-        settings: How.
-        stop: Set when this is to end.
-        advance: Told how many videos were taken, and how many of them were skipped.
-    """
-    while good.peek() is not None:
-        name = shard_name(split, journal.num_files(split))
-        with atomic_file(folder / name) as file:
-            writer = ShardWriter(file)
-            num_samples = size = 0
-            while (found := good.peek()) is not None and num_samples < settings.max_per_shard:
-                video, data = found
-                about = describe_sample(video.labels, video.name)
-                size += sample_bytes(len(data), len(about))
-                if num_samples and size > settings.shard_bytes:
-                    break
-                if stop.is_set():
-                    raise StoppedError(
-                        f"stopped: whole shards in {folder} are kept; the same command goes on"
-                    )
-                writer.add(keys[video.name], video.extension, data, about)
-                num_samples += 1
-                good.drop()
-                advance(1, 0)
-            num_bytes, sha256 = writer.close()
-        taken, skipped = good.count()
-        advance(0, len(skipped))
-        journal.append(
-            PackedShard(
-                split=split,
-                file=name,
-                num_samples=num_samples,
-                num_bytes=num_bytes,
-                sha256=sha256,
-                taken=taken,
-                skipped=skipped,
-            )
-        )
-    taken, skipped = good.count()
-    if taken:  # none of them good
-        advance(0, len(skipped))
-        journal.append(
-            PackedShard(
-                split=split, file=None, num_samples=0, num_bytes=0, sha256="", taken=taken,
-                skipped=skipped,
-            )
-        )  # fmt: skip
 
 
 def _write_skipped(path: Path, skipped: Sequence[Skipped]) -> None:

@@ -92,8 +92,8 @@ def pack(
     """
     shares = dict(_share(text) for text in split or ())
     from kdhiera.progress import make_progress
-    from kdhiera.stages.pack import EXTENSIONS, PackSettings
     from kdhiera.stages.pack import pack as run_pack
+    from kdhiera.stages.pack_order import EXTENSIONS, PackSettings
 
     settings = PackSettings(
         shard_bytes=round(shard_mb * 1e6),
@@ -176,13 +176,12 @@ def init(
     if not patterns:
         raise UsageError("name your shards: kdhiera init my.yaml --videos 'my-shards/*.tar'")
     from kdhiera.progress import make_progress
-    from kdhiera.stages import initialise
+    from kdhiera.stages import init_fit
+    from kdhiera.stages.initialise import initialise
 
-    chosen = None if teachers is None else initialise.Teachers(teachers.value)
+    chosen = None if teachers is None else init_fit.Teachers(teachers.value)
     with make_progress() as progress:
-        summary = initialise.initialise(
-            config_out, patterns, teachers=chosen, force=force, progress=progress
-        )
+        summary = initialise(config_out, patterns, teachers=chosen, force=force, progress=progress)
     emit(summary, summary.describe, as_json)
 
 

@@ -8,7 +8,8 @@ import signal
 import sys
 
 from kdhiera.progress import make_progress
-from kdhiera.stages.pack import PackSettings, pack
+from kdhiera.stages.pack import pack
+from kdhiera.stages.pack_order import PackSettings
 
 source, out, last = sys.argv[1], sys.argv[2], int(sys.argv[3])
 seen = 0
