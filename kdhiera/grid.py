@@ -50,18 +50,21 @@ class Grid:
     width: int
 
     def __post_init__(self) -> None:
+        problems = []
         if self.num_frames < TUBELET_FRAMES or self.num_frames % TUBELET_FRAMES:
-            raise UsageError(
+            problems.append(
                 f"clip.num_frames must be even and at least 2, got {self.num_frames}: "
                 "a token covers 2 frames"
             )
         for name, size in (("height", self.height), ("width", self.width)):
             if size < UNIT_PX or size % UNIT_PX:
                 lower = max(UNIT_PX, size // UNIT_PX * UNIT_PX)
-                raise UsageError(
+                problems.append(
                     f"clip.{name} must be a multiple of {UNIT_PX} px (one mask unit), got {size}: "
                     f"use {lower} or {lower + UNIT_PX}"
                 )
+        if problems:
+            raise UsageError("\n".join(problems))
 
     @property
     def slots(self) -> int:

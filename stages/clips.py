@@ -163,6 +163,23 @@ def clips_at(
         yield from decode_samples(sandbox, read_samples, in_flight=in_flight)
 
 
+def spread(places: Sequence[Place], number: int) -> list[Place]:
+    """So many of the places, or all of fewer, as far apart as can be."""
+    number = min(number, len(places))
+    return [places[i * len(places) // number] for i in range(number)]
+
+
+def labels_at(places: Sequence[Place]) -> list[Mapping[str, str | int]]:
+    """Labels of samples; their videos are not read.
+
+    Raises:
+        SourceError: If a shard cannot be read, or is not the one that was indexed.
+    """
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        samples = pool.map(lambda place: read_sample(*place, video_extensions=()), places)
+        return [sample.labels for sample in samples]
+
+
 def mapped(
     pool: ThreadPoolExecutor, function: Callable[[_In], _Out], items: Iterable[_In], ahead: int
 ) -> Iterator[tuple[_In, _Out]]:

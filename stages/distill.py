@@ -29,10 +29,11 @@ from kdhiera.devices import resolve_device, resolve_precision
 from kdhiera.errors import UsageError
 from kdhiera.objective.targets import TargetSpec
 from kdhiera.progress import Progress, human_seconds
+from kdhiera.stages.environment import record_environment
 from kdhiera.stages.open_source import Opened, begun_with, check_live, open_cache, open_source
 from kdhiera.storage import write_atomic
 from kdhiera.student.base import Student
-from kdhiera.student.build import build_student, default_taps
+from kdhiera.student.build import build_student, taps_of
 from kdhiera.student.decoder import DecoderSpec, build_decoders
 from kdhiera.student.export import export
 from kdhiera.student.heads import HeadSpec, build_heads
@@ -137,6 +138,7 @@ def distill(
             if opened.commits is not None:
                 save_snapshot(folder, opened.commits)
             write_atomic(folder / "config.yaml", dump(config).encode())
+            record_environment(folder, "distill", device=resolve_device(config.train.device))
 
         def end() -> None:
             export(
@@ -269,13 +271,7 @@ def _targets(config: RunConfig, opened: Opened) -> list[TargetSpec]:
     specs = []
     layer_weights = config.objective.layer_weights or {}
     for teacher, layers in config.objective_layers.items():
-        named = (config.student.taps or {}).get(teacher)
-        taps = named or default_taps(config.student, len(layers))
-        if len(taps) != len(layers):
-            raise UsageError(
-                f"student.taps.{teacher} names {len(taps)} taps for {len(layers)} layers: name "
-                "one for every layer"
-            )
+        taps = taps_of(config.student, teacher, len(layers))
         for layer, tap in zip(layers, taps, strict=True):
             specs.append(
                 TargetSpec(

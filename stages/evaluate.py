@@ -40,6 +40,7 @@ from kdhiera.results import (
     to_json,
 )
 from kdhiera.stages.assemble import exported_student
+from kdhiera.stages.environment import record_environment
 from kdhiera.stages.findings import put_together
 from kdhiera.stages.frozen import Features, FrozenModel, FrozenStage
 from kdhiera.stages.jobs import Job, jobs
@@ -156,6 +157,7 @@ def evaluate(
         return done
     own, others = Kept(folder / "measured"), Kept(baselines or folder / "baselines")
     splits, features, scored = _measured(config, shards, export, own, others, progress)
+    record_environment(folder, "evaluate", device=resolve_device(config.train.device))
     found = put_together(settings, splits, scored, pairs={STUDENT: (RANDOM, SCRATCH)})
     num_groups = {name: len(set(values)) for name, values in found.outcomes.groups.items()}
     if len(settings.seeds) > 1:

@@ -23,6 +23,7 @@ from kdhiera.errors import UsageError
 from kdhiera.stages.assemble import columns_of, versions
 from kdhiera.stages.extract_worker import BasisTask, PartTask
 from kdhiera.stores import open_store
+from kdhiera.teachers.base import Teacher
 from kdhiera.teachers.build import build_teachers, check_teachers, warn_of_scores
 
 logger = logging.getLogger(__name__)
@@ -179,12 +180,22 @@ def identify(config: RunConfig) -> Identities:
 
     `precision: auto` means what a column was made with, or else what the hardware does.
     """
-    config = _resolve_precisions(config)
+    config = resolve_precisions(config)
     device = torch.device("cpu")
     teachers = build_teachers(config, device=device)
     if existing_cache(config) is None:  # none is made for teachers that cannot fill it
         check_teachers(config, teachers, device=device, must_run=False)
     warn_of_scores(config, teachers)
+    return identities_of(config, teachers)
+
+
+def identities_of(config: RunConfig, teachers: Mapping[str, Teacher]) -> Identities:
+    """What loaded teachers make.
+
+    Args:
+        config: The run, with teacher precisions resolved.
+        teachers: All of its teachers.
+    """
     columns = {
         column: column_identity(
             config,
@@ -292,7 +303,8 @@ def _crowded(index: ShardIndex, extensions: Sequence[str]) -> int:
     return sum(count > 1 for count in videos)
 
 
-def _resolve_precisions(config: RunConfig) -> RunConfig:
+def resolve_precisions(config: RunConfig) -> RunConfig:
+    """The run with `precision: auto` replaced by what it means; see `identify`."""
     device = resolve_device(config.extract.device)
     cache = existing_cache(config)
     teachers = dict(config.teachers)

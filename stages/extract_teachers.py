@@ -11,16 +11,19 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.expected import expect_shards
 from kdhiera.config import RunConfig
 from kdhiera.data.shards import ShardIndex
+from kdhiera.devices import resolve_device
 from kdhiera.errors import BadDataError, IncompleteError, UsageError
 from kdhiera.grid import TOKENS_PER_UNIT
 from kdhiera.progress import Progress, human_bytes, human_seconds
 from kdhiera.stages.assemble import columns_of, provenance
+from kdhiera.stages.environment import record_environment
 from kdhiera.stages.extract_plan import (
     ExtractPlan,
     Identities,
@@ -148,6 +151,8 @@ def extract(
     failed: list[str] = []
     if not dry_run:
         cache = _open(config, identities)
+        device = resolve_device(config.extract.device)
+        record_environment(Path(config.run_dir), "extract-teachers", device=device)
         if plan.probe:
             probe_versions(config, cache, num_rows=plan.probe)
         expect_shards(cache, {shard.shard_id: shard.path for shard in shards.found})

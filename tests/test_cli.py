@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import resource
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from kdhiera.cli import main
 
 COMMANDS = [
     [],
+    ["pack"],
+    ["init"],
+    ["doctor"],
     ["extract-teachers"],
     ["distill"],
     ["evaluate"],
@@ -23,6 +27,7 @@ COMMANDS = [
     ["ablate"],
     ["config"],
     ["config", "show"],
+    ["config", "check"],
     ["cache"],
     ["cache", "verify"],
     ["cache", "info"],
@@ -35,8 +40,11 @@ COMMANDS = [
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 
+COMMAND = (sys.executable, "-c", "from kdhiera.cli import main; main()")
+
+
 def kdhiera(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from kdhiera.cli import main; main()", *arguments]
+    command = [*COMMAND, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
@@ -99,6 +107,12 @@ def own_logging() -> Iterator[None]:
         (["distill", str(DEMO)], "extract-teachers"),
         (["evaluate", str(DEMO)], "kdhiera distill"),
         (["evaluate", str(DEMO), "evaluate=null"], "no `evaluate` section"),
+        (["pack", "nowhere", "out"], "nowhere is not there"),
+        (["pack", "nowhere", "out", "--split", "validation"], "such as validation=0.1"),
+        (["pack", "nowhere", "s3://bucket/out"], "is an address"),
+        (["init", "my.yaml"], "name your shards"),
+        (["init", "my.yaml", "--videos", "none-*.tar"], "no file matches"),
+        (["doctor", "nowhere.yaml"], "no config file at nowhere.yaml"),
         (["ablate", "nowhere.yaml"], "no config file at nowhere.yaml"),
         (["ablate", str(DEMO)], "unknown key `data`"),
     ],
@@ -136,3 +150,36 @@ def test_missing_weights_and_layers_are_said_before_anything_is_made(tmp_path: P
     assert done.returncode == 2
     assert "no teacher weights at demo-data/teachers/image-vits14.safetensors" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["shard.tar"]
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_debug_shows_where_an_error_comes_from(place: int) -> None:
+    words = ["config", "show", "nowhere.yaml"]
+    plain = kdhiera(*words)
+    words.insert(place, "--debug")
+    told = kdhiera(*words)
+    assert plain.returncode == told.returncode == 2
+    assert "Traceback" not in plain.stderr
+    assert "Traceback" in told.stderr
+    assert "read_raw" in told.stderr
+    assert told.stderr.splitlines()[-1] == plain.stderr.strip()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_commands(shell: str) -> None:
+    def completed(words: str) -> str:
+        environment = {
+            **os.environ,
+            "_KDHIERA_COMPLETE": f"complete_{shell}",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+            "_TYPER_COMPLETE_ARGS": words,
+            "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        }
+        done = subprocess.run(COMMAND, capture_output=True, text=True, env=environment, check=False)
+        return done.stdout
+
+    assert "distill" in completed("kdhiera dis")
+    assert "bench-encodings" in completed("kdhiera cache ben")
+    assert "--max-per-shard" in completed("kdhiera pack --max")
+    assert "--show-completion" in kdhiera("--help").stdout

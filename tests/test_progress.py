@@ -206,3 +206,21 @@ def test_durations(seconds, text):
 def test_counts_agree_with_their_nouns() -> None:
     said = [counted(n, noun) for n, noun in ((1, "part"), (0, "part"), (2000, "process"))]
     assert said == ["1 part", "0 parts", "2,000 processes"]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_no_color_is_respected(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if asked:
+        monkeypatch.setenv("NO_COLOR", "1")
+    terminal = Terminal()
+    with make_progress(terminal) as progress:
+        task = progress.start("extract", 2, "clips")
+        progress.advance(task, 2)
+    coloured = re.search(r"\x1b\[(?:\d+;)*(?:3[0-8]|9[0-7])[;m]", terminal.getvalue())
+    assert bool(coloured) is not asked

@@ -10,22 +10,28 @@ import typer
 from typer.core import TyperGroup
 
 from kdhiera.cli.caches import cache_app
-from kdhiera.cli.common import EXIT_CODES, with_examples
+from kdhiera.cli.common import EXIT_CODES, Debug, show_debug, with_examples
 from kdhiera.cli.configs import config_app
+from kdhiera.cli.datasets import data_app
 from kdhiera.cli.runs import run_app
 from kdhiera.errors import ExitCode, KdhieraError
 
+logger = logging.getLogger(__name__)
+
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data_app)
 app.add_typer(run_app)
 app.add_typer(
     config_app,
     name="config",
-    cls=with_examples(TyperGroup, ("kdhiera config show configs/demo.yaml",)),
+    cls=with_examples(
+        TyperGroup,
+        ("kdhiera config show configs/demo.yaml", "kdhiera config check configs/demo.yaml"),
+    ),
 )
 
 
@@ -52,6 +58,8 @@ app.add_typer(
     cls=with_examples(
         TyperGroup,
         (
+            "kdhiera pack my-videos my-shards",
+            "kdhiera init my.yaml --videos my-shards",
             "kdhiera extract-teachers configs/demo.yaml",
             "kdhiera distill configs/demo.yaml train.epochs=50",
             "kdhiera evaluate configs/demo.yaml",
@@ -64,6 +72,7 @@ app.add_typer(
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Cheap teacher-guided pre-training of hierarchical video transformers."""
     if version:
@@ -76,16 +85,20 @@ def _root(
         format="%(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    if debug:
+        show_debug()
 
 
 def main() -> None:
     """Entry point: one sentence and an exit code for what a user can mend."""
     try:
-        app()
+        app(prog_name="kdhiera")
     except KdhieraError as error:
+        logger.debug("where it comes from", exc_info=error)
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except OSError as error:
+        logger.debug("where it comes from", exc_info=error)
         where = f" {error.filename}" if error.filename else ""
         typer.echo(
             f"error: {error.strerror or error}:{where}; correct the path, or free it", err=True

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +30,7 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Dotted overrides: train.epochs=50"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")]
 
 
 def with_examples(base: type[Any], examples: tuple[str, ...]) -> type[Any]:
@@ -40,12 +44,37 @@ def with_examples(base: type[Any], examples: tuple[str, ...]) -> type[Any]:
     return WithExamples
 
 
+def show_debug() -> None:
+    """Log all that kdhiera says, tracebacks of errors among it."""
+    logging.getLogger("kdhiera").setLevel(logging.DEBUG)
+
+
 def command(
     name: str, *examples: str, to: typer.Typer
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command whose help begins with examples and ends with the exit codes."""
     cls = with_examples(TyperCommand, examples)
-    return to.command(name, cls=cls, epilog=EXIT_CODES)
+    registered = to.command(name, cls=cls, epilog=EXIT_CODES)
+    return lambda function: registered(_with_debug(function))
+
+
+def _with_debug(function: Callable[..., None]) -> Callable[..., None]:
+    """The same command with one more option, so that `--debug` may also stand at the end."""
+
+    @functools.wraps(function)
+    def called(*, debug: bool, **arguments: Any) -> None:
+        if debug:
+            show_debug()
+        function(**arguments)
+
+    signature = inspect.signature(function, eval_str=True)
+    option = inspect.Parameter(
+        "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
+    )
+    parameters = [*signature.parameters.values(), option]
+    called.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {p.name: p.annotation for p in parameters}
+    return called
 
 
 def load(config: str, overrides: list[str] | None = None) -> RunConfig:

@@ -7,13 +7,14 @@ the command runs in.
 
 from kdhiera.config.cache import RayConfig
 from kdhiera.config.evaluation import EvaluateConfig
-from kdhiera.config.loading import dump, load
+from kdhiera.config.loading import ConfigError, dump, load
 from kdhiera.config.run import RunConfig
 from kdhiera.config.teachers import ScoresConfig, TeacherConfig
 from kdhiera.config.training import ObjectiveConfig, StudentConfig, TrainConfig
 from kdhiera.config.videos import DecodeConfig
 
 __all__ = [
+    "ConfigError",
     "DecodeConfig",
     "EvaluateConfig",
     "ObjectiveConfig",

@@ -16,6 +16,19 @@ from kdhiera.config.teachers import TeacherConfig
 from kdhiera.errors import UsageError
 
 
+class ConfigError(UsageError):
+    """Values that are no config.
+
+    Args:
+        where: What was read.
+        problems: All that is wrong, one sentence each.
+    """
+
+    def __init__(self, where: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(f"{where}: {'; '.join(problems)}")
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML config and apply `key.sub=value` overrides.
 
@@ -74,7 +87,7 @@ def parse(model: type[_Model], raw: Mapping[str, Any], where: str) -> _Model:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise UsageError(f"{where}: {_explain(error, model)}") from None
+        raise ConfigError(where, _explain(error, model)) from None
 
 
 def dump(config: RunConfig) -> str:
@@ -125,8 +138,8 @@ def assign(raw: dict[str, Any], key: str, value: object) -> None:
     node[leaf] = value
 
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """All problems in one line, unknown keys with their nearest valid neighbour."""
+def _explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """All problems, unknown keys with their nearest valid neighbour."""
     lines = []
     found = error.errors()
     for item in found:
@@ -148,8 +161,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
             message = item["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
             got = item["input"]
             shown = "" if isinstance(got, dict | BaseModel) else f", got {redact(repr(got))}"
-            lines.append(f"`{where}`: {message}{shown}" if item["loc"] else message)
-    return "; ".join(lines)
+            lines += [f"`{where}`: {message}{shown}"] if item["loc"] else message.splitlines()
+    return lines
 
 
 def _list_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,7 @@ from kdhiera.config.section import Name, Section
 from kdhiera.config.teachers import ScoresConfig, TeacherConfig
 from kdhiera.config.training import ObjectiveConfig, StudentConfig, TrainConfig
 from kdhiera.config.videos import ClipConfig, DataConfig, DecodeConfig, ViewsConfig
+from kdhiera.errors import UsageError
 from kdhiera.masking import MaskPlan, MaskSchedule, MaskSpec, PlannedMasks, num_visible
 from kdhiera.views import ViewPolicy
 
@@ -38,7 +39,21 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        _ = self.clip.grid
+        """All that does not go together, a line each; what needs right names only after these."""
+        if problems := [*self._clip_problems(), *self._name_problems()]:
+            raise ValueError("\n".join(problems))
+        if problems := [*self._layer_problems(), *self._objective_problems()]:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _clip_problems(self) -> Iterator[str]:
+        try:
+            _ = self.clip.grid
+        except UsageError as error:
+            yield str(error)
+
+    def _name_problems(self) -> Iterator[str]:
+        """Teachers that are named and not there, layers out of order."""
         named: list[tuple[str, Iterable[str]]] = [("scores.teacher", (self.scores.teacher,))]
         named.append(("objective.teachers", self.objective.teachers or ()))
         named.append(("objective.layers", self.objective.layers or ()))
@@ -47,22 +62,25 @@ class RunConfig(Section):
         for key, names in named:
             for name in names:
                 if name not in self.teachers:
-                    raise ValueError(
+                    yield (
                         f"{key} names `{name}`, but the teachers are: {', '.join(self.teachers)}"
                     )
         for name, teacher in self.teachers.items():
-            _check_order(f"teachers.{name}.layers", teacher.layers)
+            yield from _order_problems(f"teachers.{name}.layers", teacher.layers)
+
+    def _layer_problems(self) -> Iterator[str]:
+        """Layers and weights that leave nothing to learn, or that no teacher has."""
         if not any(self.objective_layers.values()) or not all(self.objective_layers.values()):
-            raise ValueError("objective.teachers and objective.layers leave a teacher no layer")
+            yield "objective.teachers and objective.layers leave a teacher no layer"
         for name, layers in self.objective_layers.items():
             known = self.teachers[name].layers
             if layers != tuple(layer for layer in known if layer in layers):
-                raise ValueError(
+                yield (
                     f"objective.layers.{name} must name some of teachers.{name}.layers, "
                     f"{list(known)}, in that order, got {list(layers)}"
                 )
         if not any(self.teachers[name].weight for name in self.objective_layers):
-            raise ValueError(
+            yield (
                 "all teachers of the objective have weight 0: nothing would be learnt; give one a "
                 "teachers.NAME.weight above 0"
             )
@@ -70,30 +88,29 @@ class RunConfig(Section):
             trained = self.objective_layers.get(name, ())
             unknown = set(weights) - set(trained)
             if unknown:
-                raise ValueError(
+                yield (
                     f"objective.layer_weights.{name} weighs {sorted(unknown)}, but the layers of "
                     f"{name} that train the student are {list(trained)}"
                 )
-            if not sum(weights.get(layer, 1.0) for layer in trained):
-                raise ValueError(
+            elif not sum(weights.get(layer, 1.0) for layer in trained):
+                yield (
                     f"objective.layer_weights.{name} leaves no layer a weight: leave {name} out of "
                     "objective.teachers instead"
                 )
-        if self.objective.kind == "masked":
-            self._masked()
-        return self
 
-    def _masked(self) -> None:
+    def _objective_problems(self) -> Iterator[str]:
         """What the masked objective cannot do without, and what it has no use for."""
+        if self.objective.kind != "masked":
+            return
         if self.student.mix:
-            raise ValueError(
+            yield (
                 "student.mix is for the heads of objective.kind: visible; the decoders of masked "
                 "read all taps of their teacher anyway: leave it out"
             )
         per_slot = self.clip.grid.units_per_slot
         for spec in self.mask_schedule.phases:
             if num_visible(spec.ratio, per_slot) == per_slot:
-                raise ValueError(
+                yield (
                     f"objective.kind: masked predicts hidden units, and a ratio of {spec.ratio:g} "
                     f"hides none of the {per_slot} in a slot: choose a higher objective.ratio"
                 )
@@ -155,18 +172,18 @@ class RunConfig(Section):
         return {name: tuple(layers.get(name, self.teachers[name].layers)) for name in chosen}
 
 
-def _check_order(key: str, layers: Sequence[str]) -> None:
+def _order_problems(key: str, layers: Sequence[str]) -> Iterator[str]:
     """Layers are read at taps in their order, so the order must be that of the depth."""
     for layer in layers:
         if layer.isdecimal() and layer != str(int(layer)):
-            raise ValueError(f"{key} names {layer!r}: write {int(layer)}")
+            yield f"{key} names {layer!r}: write {int(layer)}"
     depths = [
         float("inf") if layer == "norm" else int(layer)
         for layer in layers
         if layer == "norm" or layer.isdecimal()
     ]
     if len(set(layers)) < len(layers) or depths != sorted(depths):
-        raise ValueError(
+        yield (
             f"{key} must ascend without repeats, `norm` last (deeper layers are read at deeper "
             f"taps), got {list(layers)}"
         )

@@ -114,6 +114,32 @@ class Clip:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Look:
+    """What a video is, from all of its packets and its first frame.
+
+    Args:
+        container: FFmpeg's demuxer.
+        codec: FFmpeg's decoder.
+        height: Pixels of the upright frame.
+        width: Pixels of the upright frame.
+        num_frames: Frames that are shown.
+        seconds: From the first shown frame to the end of the last.
+    """
+
+    container: str
+    codec: str
+    height: int
+    width: int
+    num_frames: int
+    seconds: float
+
+    @property
+    def frames_per_second(self) -> float:
+        """Mean rate of the shown frames."""
+        return self.num_frames / self.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodeFailure:
     """Why there is no clip.
 

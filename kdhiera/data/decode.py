@@ -19,10 +19,11 @@ from kdhiera.data.clip import (
     DecodeLimits,
     Frame,
     Frames,
+    Look,
     checksum,
     crop_resize,
 )
-from kdhiera.data.video import Video, VideoInfo, damaged, open_video
+from kdhiera.data.video import Video, VideoInfo, damaged, inspect, open_video
 from kdhiera.errors import UsageError
 from kdhiera.views import ClipView, RowStatus, TooShortError, ViewPolicy, draw_view
 
@@ -124,6 +125,29 @@ def decode_clip(data: bytes, request: ClipRequest, limits: DecodeLimits) -> Clip
             decoder="pyav" if backend == "auto" else backend,
             crc32c=checksum(frames),
         )
+
+
+def look(data: bytes, limits: DecodeLimits) -> Look:
+    """Look at a video: demux all of it and decode one frame.
+
+    Args:
+        data: The whole encoded video.
+        limits: Bounds on what it may be.
+
+    Raises:
+        ClipError: `decode_error` or `decode_limit`.
+    """
+    info = inspect(data, limits)
+    steps = info.num_frames - 1
+    last = info.pts_seconds[-1] / steps if steps and info.pts_seconds[-1] else 1 / 25
+    return Look(
+        container=info.container,
+        codec=info.codec,
+        height=info.height,
+        width=info.width,
+        num_frames=info.num_frames,
+        seconds=info.pts_seconds[-1] + last,
+    )
 
 
 def _draw(info: VideoInfo, request: ClipRequest, there: Sequence[int]) -> ClipView:

@@ -26,9 +26,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from kdhiera.data import wire
-from kdhiera.data.clip import Clip, ClipError, ClipRequest, DecodeFailure, DecodeLimits, shown
+from kdhiera.data.clip import (
+    Clip,
+    ClipError,
+    ClipRequest,
+    DecodeFailure,
+    DecodeLimits,
+    Look,
+    shown,
+)
 from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.views import RowStatus
 
@@ -41,8 +50,8 @@ _INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY
 @dataclass(frozen=True, kw_only=True)
 class _Job:
     data: bytes
-    request: ClipRequest
-    future: Future[Clip | DecodeFailure]
+    request: ClipRequest | None  # None: only a look
+    future: Future[Any]
 
 
 class _LostError(Exception):
@@ -107,7 +116,18 @@ class Sandbox:
         Raises:
             RuntimeError: If the pool is closed.
         """
-        future: Future[Clip | DecodeFailure] = Future()
+        return self._queue(data, request)
+
+    def look(self, data: bytes) -> Future[Look | DecodeFailure]:
+        """Queue a look at a video: all of its packets, and its first frame; see `submit`.
+
+        Args:
+            data: The whole encoded video.
+        """
+        return self._queue(data, None)
+
+    def _queue(self, data: bytes, request: ClipRequest | None) -> Future[Any]:
+        future: Future[Any] = Future()
         with self._lock:
             if self._closed:
                 raise RuntimeError("the sandbox is closed")
@@ -144,7 +164,7 @@ class Sandbox:
 
     def _decode(
         self, child: _Child | None, job: _Job
-    ) -> tuple[_Child | None, Clip | DecodeFailure]:
+    ) -> tuple[_Child | None, Clip | Look | DecodeFailure]:
         """Decode a job, starting a child where there is none that can."""
         tried = False
         while True:
@@ -221,8 +241,10 @@ class _Child:
         """Whether the process ended since the last clip."""
         return self.process.poll() is not None
 
-    def ask(self, data: bytes, request: ClipRequest, limits: DecodeLimits) -> Clip | DecodeFailure:
-        """Have one clip decoded.
+    def ask(
+        self, data: bytes, request: ClipRequest | None, limits: DecodeLimits
+    ) -> Clip | Look | DecodeFailure:
+        """Have one clip decoded, or a video looked at.
 
         Raises:
             _LostError: If the child hangs, dies or talks nonsense.
@@ -234,6 +256,8 @@ class _Child:
             if "status" in fields:
                 status = RowStatus(fields["status"])
                 return DecodeFailure(status=status, message=shown(str(fields["message"])))
+            if request is None:
+                return wire.unpack_look(fields)
             return wire.unpack_clip(fields, payload, request.policy)
         except TimeoutError as error:
             words = f"no clip after decode.deadline_seconds ({limits.deadline_seconds:g} s)"
@@ -267,12 +291,14 @@ def serve(link: socket.socket) -> None:
     Args:
         link: The child's end of the socket pair.
     """
-    from kdhiera.data.decode import decode_clip  # the parent never loads a decoder
+    from kdhiera.data.decode import decode_clip, look  # the parent never loads a decoder
 
     def answer() -> tuple[wire.Fields, bytes]:
         try:
             fields, data = wire.receive(link, None)
             request, limits = wire.unpack_request(fields)
+            if request is None:
+                return wire.pack_look(look(data, limits))
             return wire.pack_clip(decode_clip(data, request, limits))
         except wire.WireError:
             raise

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from kdhiera.data.clip import Clip, ClipRequest, DecodeLimits, checksum
+from kdhiera.data.clip import Clip, ClipRequest, DecodeLimits, Look, checksum
 from kdhiera.views import ClipView, CropPolicy, FramePolicy, ViewPolicy
 
 _LINE_BYTES = 2**20  # a longer message is nonsense
@@ -123,14 +123,16 @@ def _read_all(file: int, num_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def pack_request(request: ClipRequest, limits: DecodeLimits) -> Fields:
-    """A request and its limits as JSON can say them."""
-    return {"request": asdict(request), "limits": asdict(limits)}
+def pack_request(request: ClipRequest | None, limits: DecodeLimits) -> Fields:
+    """A request, None for a mere look, and its limits as JSON can say them."""
+    return {"request": request and asdict(request), "limits": asdict(limits)}
 
 
-def unpack_request(fields: Fields) -> tuple[ClipRequest, DecodeLimits]:
+def unpack_request(fields: Fields) -> tuple[ClipRequest | None, DecodeLimits]:
     """Inverse of `pack_request`."""
     request = fields["request"]
+    if request is None:
+        return None, DecodeLimits(**fields["limits"])
     policy = request["policy"]
     policy |= {
         "frames": FramePolicy(policy["frames"]),
@@ -141,6 +143,23 @@ def unpack_request(fields: Fields) -> tuple[ClipRequest, DecodeLimits]:
     replay = request["replay"]
     request |= {"policy": ViewPolicy(**policy), "replay": replay and _view(replay)}
     return ClipRequest(**request), DecodeLimits(**fields["limits"])
+
+
+def pack_look(look: Look) -> tuple[Fields, bytes]:
+    """A look as fields, and no bytes."""
+    return {"look": asdict(look)}, b""
+
+
+def unpack_look(fields: Fields) -> Look:
+    """Inverse of `pack_look`.
+
+    Raises:
+        WireError: If the message is no look.
+    """
+    try:
+        return Look(**fields["look"])
+    except (TypeError, KeyError) as error:
+        raise WireError(f"a message that is no look ({error})") from error
 
 
 def pack_clip(clip: Clip) -> tuple[Fields, bytes]:

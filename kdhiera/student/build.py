@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kdhiera.config import StudentConfig
+from kdhiera.errors import UsageError
 from kdhiera.grid import Grid
 from kdhiera.student import hiera, vit
 from kdhiera.student.base import Student
@@ -39,6 +40,26 @@ def build_student(
         return VitStudent(backbone, grid, taps, grad_checkpointing=grad_checkpointing)
     backbone = hiera.build(config, grid, q_pool=q_pool, seed=seed)
     return HieraStudent(backbone, grid, taps, grad_checkpointing=grad_checkpointing)
+
+
+def taps_of(config: StudentConfig, teacher: str, num_layers: int) -> tuple[str, ...]:
+    """Where the heads of a teacher's layers read, one for every layer.
+
+    Args:
+        config: The student.
+        teacher: Name of the teacher.
+        num_layers: Layers of it that train the student, at least 1.
+
+    Raises:
+        UsageError: If `student.taps` names another number.
+    """
+    taps = (config.taps or {}).get(teacher) or default_taps(config, num_layers)
+    if len(taps) != num_layers:
+        raise UsageError(
+            f"student.taps.{teacher} names {len(taps)} taps for {num_layers} layers: name one for "
+            "every layer"
+        )
+    return taps
 
 
 def default_taps(config: StudentConfig, num_layers: int) -> tuple[str, ...]:

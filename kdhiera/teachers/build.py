@@ -63,22 +63,22 @@ def build_teachers(config: RunConfig, *, device: torch.device) -> dict[str, Teac
     Raises:
         UsageError: See `build_teacher`.
     """
-    scores, scoring = config.scores, _scoring(config)
-    choice = ScoreChoice(layer=scores.layer, heads=scores.heads)
-    teachers = {}
-    for name, teacher in config.teachers.items():
-        try:
-            teachers[name] = build_teacher(
-                teacher,
-                grid=config.clip.grid,
-                device=device,
-                choice=choice if name == scoring else None,
-            )
-        except UsageError as error:  # builders do not know what the run calls a teacher
-            raise UsageError(str(error).replace("<name>", name)) from error
-    if scoring is not None:
-        teachers[scoring].check((), scores.source)
-    return teachers
+    return {name: build_named_teacher(config, name, device=device) for name in config.teachers}
+
+
+def build_named_teacher(config: RunConfig, name: str, *, device: torch.device) -> Teacher:
+    """One teacher of a run; see `build_teachers`."""
+    scores, scoring = config.scores, name == _scoring(config)
+    choice = ScoreChoice(layer=scores.layer, heads=scores.heads) if scoring else None
+    try:
+        teacher = build_teacher(
+            config.teachers[name], grid=config.clip.grid, device=device, choice=choice
+        )
+    except UsageError as error:  # builders do not know what the run calls a teacher
+        raise UsageError(str(error).replace("<name>", name)) from error
+    if scoring:
+        teacher.check((), scores.source)
+    return teacher
 
 
 def check_teachers(

@@ -1,21 +1,10 @@
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-
-def namespace() -> list[str]:
-    """Command prefix under which file systems may be mounted, without a trace outside."""
-    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    return ["unshare", "--mount", *user]
-
-
-def may_mount(folder: Path) -> bool:
-    command = [*namespace(), "mount", "-t", "tmpfs", "tmpfs", str(folder)]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+from mounts import may_mount, namespace
 
 
 @pytest.mark.slow
