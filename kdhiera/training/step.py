@@ -185,11 +185,7 @@ class Learner:
             losses={n: mean[f"loss/{n}"] for n in names},
             grad_norm=norm,
             lr=lr,
-            explained_variance={
-                n: 1 - mean[f"predicted/{n}"] / mean[f"constant/{n}"] for n in names
-            }
-            if measure
-            else None,
+            explained_variance=_explained(mean, names) if measure else None,
             cosine={n: mean[f"cosine/{n}"] for n in names} if measure else None,
         )
 
