@@ -23,6 +23,7 @@ from benchmarks.report import publish
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import ENCODINGS
 from kdhiera.cache.reader import CacheReader
+from kdhiera.cache.records import Commit
 from kdhiera.config import RunConfig
 from kdhiera.stages.assemble import columns_of
 
@@ -90,7 +91,8 @@ def _sizes(cache: Cache) -> Counter[str]:
     """Stored bytes by what they are of; targets are codes and what decodes them."""
     sizes: Counter[str] = Counter()
     for part, commits in cache.commits().items():
-        for commit in (commits.base, *commits.columns.values()):
+        every: list[Commit] = [commits.base, *commits.columns.values()]
+        for commit in every:
             for name, (size, _) in cache.read_record(commit)["files"].items():
                 sizes[_kind(name)] += size
         sizes["records"] += sum(

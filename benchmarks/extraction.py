@@ -81,7 +81,7 @@ def _measure(config: RunConfig) -> None:
             began = time.perf_counter()
             extractor.run(task)
             whole.append(time.perf_counter() - began)
-            clips, seconds = _decode(config, index, view)
+            clips, seconds = decode_part(config, index, view)
             decoding.append(seconds)
             began = time.perf_counter()
             for part in np.array_split(clips, -(-len(clips) // config.extract.batch_size)):
@@ -105,7 +105,8 @@ def _measure(config: RunConfig) -> None:
     )
 
 
-def _decode(config: RunConfig, index: ShardIndex, view: int) -> tuple[np.ndarray, float]:
+def decode_part(config: RunConfig, index: ShardIndex, view: int) -> tuple[np.ndarray, float]:
+    """Clips of a view of a shard, and the seconds that one child took to decode them."""
     with Sandbox(decode_limits(config.decode), num_children=1) as sandbox:
         samples = list(read_shard(index, video_extensions=config.data.video_extensions))
         wanted = [

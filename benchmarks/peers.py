@@ -128,7 +128,7 @@ def _samples(
 
 def _channels_first(units: Tensor, grid: Grid) -> Tensor:
     """Unit-major tokens `[units, 4, c]` as `[c, t, h, w]` in bf16."""
-    tokens = grid.units_to_tokens(units[None])[0]
+    tokens: Tensor = grid.units_to_tokens(units[None])[0]
     return tokens.permute(3, 0, 1, 2).to(torch.bfloat16)
 
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class StoredBytes:
             places = np.flatnonzero(samples // self._rows == part)
             rows = (samples[places] % self._rows).tolist()
             moves += [
-                lambda a=array, o=out[path], p=places, r=rows: a.read_into(o, p, r)
+                partial(array.read_into, out[path], places, rows)
                 for path, array in self._parts[part].items()
             ]
         list(self._pool.map(lambda move: move(), moves))
@@ -90,7 +91,7 @@ def map_array(folder: Path) -> MappedArray:
     num_rows, *row_shape = metadata["shape"]
     dtype = np.dtype(metadata["data_type"])
     (path,) = [path for path in folder.iterdir() if path.name != "zarr.json"]
-    data = memoryview(np.memmap(path, np.uint8, "r"))
+    data = memoryview(np.memmap(path, np.uint8, "r"))  # type: ignore[arg-type]
     sharding = metadata["codecs"][0]
     if sharding["name"] != "sharding_indexed":
         assert [c["name"] for c in metadata["codecs"]] == ["bytes", "blosc", "crc32c"], metadata

@@ -6,7 +6,9 @@ import math
 import tarfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import av
 import numpy as np
@@ -17,7 +19,7 @@ from benchmarks.report import publish
 from kdhiera.config import load
 from kdhiera.grid import Grid
 from kdhiera.teachers import timm_image
-from kdhiera.teachers.base import Teacher
+from kdhiera.teachers.base import Teacher, TeacherOutput
 from kdhiera.teachers.build import build_teacher
 from kdhiera.teachers.positions import Resampling, timm_resampling
 from kdhiera.teachers.scores import SCORE_SOURCES
@@ -37,7 +39,7 @@ def run() -> None:
         "layers 6, 9, 12": _timed(lambda: teacher(clips, layers, None)),
         "layer 6 alone": _timed(lambda: teacher(clips, ["6"], None)),
         **{
-            f"layers 6, 9, 12 and {source}": _timed(lambda s=source: teacher(clips, layers, s))
+            f"layers 6, 9, 12 and {source}": _timed(partial(teacher, clips, layers, source))
             for source in SCORE_SOURCES
         },
         "cls_attention alone": _timed(lambda: teacher(clips, [], "cls_attention")),
@@ -46,7 +48,7 @@ def run() -> None:
 
 
 def _sources(teacher: Teacher, clips: Tensor) -> dict[str, float]:
-    maps = {s: teacher(clips, [], s).scores.flatten(2).double() for s in SCORE_SOURCES}
+    maps = {s: _scores(teacher(clips, [], s)).flatten(2).double() for s in SCORE_SOURCES}
     figures = {"entropy of a uniform slot": math.log(GRID.tokens[1] * GRID.tokens[2])}
     for source, scores in maps.items():
         entropy = -(scores * scores.log()).sum(-1).mean()
@@ -61,9 +63,9 @@ def _sources(teacher: Teacher, clips: Tensor) -> dict[str, float]:
 
 def _rules(teacher: Teacher, clips: Tensor) -> dict[str, float]:
     right = teacher(clips, ["6", "12"], "cls_attention")
-    figures = {}
+    figures: dict[str, float] = {}
     for rule in (Resampling.BICUBIC_ANTIALIASED, Resampling.BILINEAR_CORNERS):
-        other = _teacher(lambda name, rule=rule: rule)(clips, ["6", "12"], "cls_attention")
+        other = _teacher(partial(_always, rule))(clips, ["6", "12"], "cls_attention")
         for layer, feature in right.features.items():
             difference = other.features[layer] - feature
             spread = (feature - feature.mean((0, 1, 2, 3))).square().sum()
@@ -73,7 +75,7 @@ def _rules(teacher: Teacher, clips: Tensor) -> dict[str, float]:
                     difference.square().sum() / spread
                 ),
             }
-        pair = torch.stack([other.scores.flatten(), right.scores.flatten()])
+        pair = torch.stack([_scores(other).flatten(), _scores(right).flatten()])
         figures[f"{rule}: correlation of scores"] = float(torch.corrcoef(pair)[0, 1])
     return figures
 
@@ -81,20 +83,26 @@ def _rules(teacher: Teacher, clips: Tensor) -> dict[str, float]:
 def _teacher(rule: Callable[[str], Resampling]) -> Teacher:
     """The demo's image teacher in fp32, its positions resampled by `rule`."""
     config = load("configs/demo.yaml").teachers["image"].model_copy(update={"precision": "fp32"})
-    timm_image.timm_resampling = rule
-    try:
+    with mock.patch.object(timm_image, "timm_resampling", rule):
         return build_teacher(config, grid=GRID, device=torch.device("cpu"))
-    finally:
-        timm_image.timm_resampling = timm_resampling
+
+
+def _always(rule: Resampling, _: str) -> Resampling:
+    return rule
+
+
+def _scores(output: TeacherOutput) -> Tensor:
+    assert output.scores is not None, "a source of scores was named"
+    return output.scores
 
 
 def _clips(shard: Path) -> Tensor:
     """The first frames of the shard's first videos, cut to the grid."""
-    clips = []
+    clips: list[np.ndarray] = []
     with tarfile.open(shard) as tar:
         for member in tar:
             if member.name.endswith(".mp4") and len(clips) < CLIPS:
-                with av.open(tar.extractfile(member)) as video:
+                with av.open(tar.extractfile(member), "r") as video:
                     frames = [f.to_ndarray(format="rgb24") for f in video.decode(video=0)]
                 clips.append(np.stack(frames[: GRID.num_frames])[:, : GRID.height, : GRID.width])
     return torch.from_numpy(np.stack(clips))

@@ -8,7 +8,8 @@ import time
 from benchmarks.report import publish
 from kdhiera.config import load
 from kdhiera.devices import resolve_device, resolve_precision
-from kdhiera.stages.distill import BLOCK_ROWS, open_cache, student_of
+from kdhiera.stages.distill import BLOCK_ROWS, student_of
+from kdhiera.stages.open_source import open_cache
 from kdhiera.training.batches import Prefetcher, batches
 from kdhiera.training.optim import build_schedule
 from kdhiera.training.step import Learner

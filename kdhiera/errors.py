@@ -6,6 +6,7 @@ Every message says what was wrong, what was found, and what to do about it.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any, Protocol
 
 
 class ExitCode(IntEnum):
@@ -20,10 +21,27 @@ class ExitCode(IntEnum):
     INTERRUPTED = 75
 
 
+class Result(Protocol):
+    """What a command prints as JSON."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        ...
+
+
 class KdhieraError(Exception):
-    """Something a user can mend; the command prints the message and no traceback."""
+    """Something a user can mend; the command prints the message and no traceback.
+
+    Args:
+        message: What was wrong, what was found, and what to do about it.
+        result: What was done nevertheless; a command that was asked for JSON prints it.
+    """
 
     exit_code = ExitCode.FAILED
+
+    def __init__(self, message: str, *, result: Result | None = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class UsageError(KdhieraError):

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Bool
@@ -32,6 +32,38 @@ class Interval:
     value: float
     low: float
     high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """A check of the labelled task itself.
+
+    Args:
+        name: What the classifier was given, in plain words.
+        accuracy: What it reached.
+        chance: What guessing reaches.
+        num_clips: Test clips.
+        expected: `chance` if the task is only honest when this is at chance; `above` if
+            it only measures something when this is above.
+    """
+
+    name: str
+    accuracy: Interval
+    chance: float
+    num_clips: int
+    expected: Literal["chance", "above"]
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Control:
+        """From plain values."""
+        return cls(**{**row, "accuracy": Interval(**row["accuracy"])})
+
+    @property
+    def holds(self) -> bool:
+        """Whether the interval agrees with what is expected."""
+        if self.expected == "above":
+            return self.accuracy.low > self.chance
+        return self.accuracy.low <= self.chance <= self.accuracy.high
 
 
 @dataclass(frozen=True, kw_only=True)

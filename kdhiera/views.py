@@ -25,6 +25,7 @@ class FramePolicy(StrEnum):
     DENSE = "dense"  # num_frames frames, frame_stride apart, from a random start (K400-like)
     DENSE_CENTER = "dense_center"  # the same from the middle of the video (evaluation)
     UNIFORM = "uniform"  # one frame from each of num_frames equal segments (SSv2-like)
+    UNIFORM_CENTER = "uniform_center"  # the same from the middle of each segment (evaluation)
 
 
 class CropPolicy(StrEnum):
@@ -51,7 +52,7 @@ class ViewPolicy:
         allow_short: Whether frames may repeat in a video shorter than the clip.
         seed: Any integer.
         clips: Clips that `dense_center` spreads over the video, in the middles of as many
-            equal parts of its room.
+            equal parts of its room; `uniform_center` over every segment likewise.
         crops: Crops that `center` spreads along the longer side, from edge to edge: 1 or 3.
             View v shows clip `v // crops` through crop `v % crops`.
     """
@@ -143,6 +144,7 @@ def _frame_indices(
 ) -> tuple[int, ...]:
     """Dense: the stride shrinks before frames repeat. Uniform: a random frame a segment."""
     wanted = policy.num_frames
+    clip = view // policy.crops % policy.clips
     if num_frames < wanted and not policy.allow_short:
         raise TooShortError(
             f"the video shows {num_frames} frames and a clip needs {wanted}; "
@@ -150,7 +152,10 @@ def _frame_indices(
         )
     if num_frames < 1:
         raise TooShortError("the video shows no frame")
-    if policy.frames is FramePolicy.UNIFORM or num_frames < wanted:
+    if policy.frames is FramePolicy.UNIFORM_CENTER:
+        noise = np.full_like(noise, (2 * clip + 1) / (2 * policy.clips))
+    uniform = (FramePolicy.UNIFORM, FramePolicy.UNIFORM_CENTER)
+    if policy.frames in uniform or num_frames < wanted:
         edges = [i * num_frames / wanted for i in range(wanted + 1)]
         picked = (e + u * (f - e) for e, f, u in zip(edges, edges[1:], noise, strict=False))
         indices = [min(int(p), num_frames - 1) for p in picked]
@@ -165,8 +170,7 @@ def _frame_indices(
     room = num_frames - (wanted - 1) * stride
     start = int(noise[0] * room)
     if policy.frames is FramePolicy.DENSE_CENTER:
-        place = view // policy.crops % policy.clips
-        start = (2 * place + 1) * room // (2 * policy.clips)
+        start = (2 * clip + 1) * room // (2 * policy.clips)
     return tuple(start + i * stride for i in range(wanted))
 
 

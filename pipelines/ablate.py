@@ -171,7 +171,8 @@ def ablate(
     if failures:
         raise IncompleteError(
             f"{summary.describe()}\n{counted(len(failures), 'run')} of {len(runs)} failed; the "
-            "same command tries only these again"
+            "same command tries only these again",
+            result=summary,
         )
     return summary
 

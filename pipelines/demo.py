@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 from kdhiera.config import load
-from kdhiera.demo.controls import CHANCE, pooled_features, read_clips, run_controls
+from kdhiera.demo.controls import pooled_features, read_clips, run_controls
 from kdhiera.demo.prepare import Prepared, prepare
 from kdhiera.demo.task import SPLITS, TaskSpec
 from kdhiera.pipelines.pretrain import pretrain, run, say_on_stdout
 from kdhiera.progress import Progress
-from kdhiera.report.pages import Control
 from kdhiera.report.tables import percent
+from kdhiera.results import Control
 from kdhiera.stages.evaluate import EvaluateSummary
 
 CONFIG = "configs/demo.yaml"
@@ -57,20 +57,11 @@ def _controls(prepared: Prepared, evaluated: EvaluateSummary) -> tuple[Control, 
     splits = {name: read_clips(s, size_px=TaskSpec().size_px) for name, s in shards.items()}
     pooled = pooled_features(Path(evaluated.features), POOLED_TEACHER)
     say_on_stdout("\n== controls: the sign of the motion, given its axis (chance 50 %) ==")
-    controls = []
-    for found in run_controls(splits, image_features=pooled):
-        wanted = "above chance" if found.needs_order else "at chance"
+    controls = run_controls(splits, image_features=pooled)
+    for found in controls:
+        wanted = "above chance" if found.expected == "above" else "at chance"
         verdict = "holds" if found.holds else "DOES NOT HOLD"
         say_on_stdout(f"{found.name:<32} {percent(found.accuracy):<28} {wanted}: {verdict}")
-        controls.append(
-            Control(
-                name=found.name,
-                accuracy=found.accuracy,
-                chance=CHANCE,
-                num_clips=found.num_clips,
-                expected="above" if found.needs_order else "chance",
-            )
-        )
     return tuple(controls)
 
 

@@ -18,7 +18,6 @@ from kdhiera.progress import Progress, make_progress
 from kdhiera.report.claim import claim_lines, claim_table, claims
 from kdhiera.report.pages import (
     CacheFacts,
-    Control,
     Picture,
     ReportData,
     TargetFacts,
@@ -26,9 +25,11 @@ from kdhiera.report.pages import (
     write_report,
 )
 from kdhiera.report.tables import to_text
-from kdhiera.stages.distill import DistillSummary, distill
+from kdhiera.results import Control
+from kdhiera.stages.distill import DistillSummary
 from kdhiera.stages.evaluate import EvaluateSummary, evaluate
 from kdhiera.stages.extract_teachers import ExtractSummary, extract
+from kdhiera.stages.launch import launch
 from kdhiera.stages.show import Kind, draw
 from kdhiera.training.metrics import read_metrics
 
@@ -58,7 +59,7 @@ def pretrain(
     extracted = extract(config, progress=progress)
     say(extracted.describe())
     say("\n== distill ==")
-    distilled = distill(config, progress=progress)
+    distilled = launch(config, progress=progress)
     say(distilled.describe())
     evaluated = None
     checks: tuple[Control, ...] = ()

@@ -16,11 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kdhiera.ablation.records import RunRecord
-from kdhiera.ablation.study import ControlRow, StudyPart, write_study
+from kdhiera.ablation.study import StudyPart, write_study
 from kdhiera.config.ablation import PlannedRun, load_ablation
 from kdhiera.demo.controls import (
     Clips,
-    ControlResult,
     pooled_features,
     read_clips,
     run_controls,
@@ -31,6 +30,7 @@ from kdhiera.errors import IncompleteError, KdhieraError
 from kdhiera.pipelines.ablate import ablate, kept_records
 from kdhiera.pipelines.pretrain import run, say_on_stdout
 from kdhiera.progress import Progress
+from kdhiera.results import Control
 from kdhiera.stages.extract_teachers import extract
 from kdhiera.storage import write_atomic
 
@@ -98,9 +98,14 @@ def _check_task() -> None:
         raise KdhieraError("the study needs the demo's cut-outs, which cannot be had here")
     for fold in range(FOLDS):
         shards = draw_fold(ROOT, fold, progress=say_on_stdout)
-        if not any(row.fold == fold for row in _known_controls()):
+        if fold not in _known_controls():
             _add_controls(fold, run_controls(_clips(shards)))
-    failed = [f"fold {row.fold}: {row.name}" for row in _known_controls() if not row.holds]
+    failed = [
+        f"fold {fold}: {one.name}"
+        for fold, controls in _known_controls().items()
+        for one in controls
+        if not one.holds
+    ]
     if failed:
         raise KdhieraError(
             f"the labelled task is not fit for a study, controls do not hold: {'; '.join(failed)}; "
@@ -111,7 +116,7 @@ def _check_task() -> None:
 def _check_image_teacher() -> None:
     """The control that needs the image teacher, once a fold was evaluated."""
     for fold in range(FOLDS):
-        known = {row.name for row in _known_controls() if row.fold == fold}
+        known = {one.name for one in _known_controls().get(fold, ())}
         features = EVALUATED / f"seed-{fold}" / "features.npz"
         if IMAGE_CONTROL in known or not features.is_file():
             continue
@@ -127,28 +132,21 @@ def _clips(shards: Path) -> dict[str, Clips]:
     }
 
 
-def _known_controls() -> list[ControlRow]:
+def _known_controls() -> dict[int, list[Control]]:
     if not CONTROLS.is_file():
-        return []
-    return [ControlRow.from_json(row) for row in json.loads(CONTROLS.read_text())]
+        return {}
+    document = json.loads(CONTROLS.read_text())
+    return {int(fold): [Control.from_json(row) for row in rows] for fold, rows in document.items()}
 
 
-def _add_controls(fold: int, found: Sequence[ControlResult]) -> None:
-    rows = _known_controls()
+def _add_controls(fold: int, found: Sequence[Control]) -> None:
+    known = _known_controls()
+    known[fold] = [*known.get(fold, []), *found]
     for one in found:
-        rows.append(
-            ControlRow(
-                fold=fold,
-                name=one.name,
-                needs_order=one.needs_order,
-                accuracy=one.accuracy,
-                holds=one.holds,
-            )
-        )
         say_on_stdout(f"fold {fold}: {one.name}: {'holds' if one.holds else 'DOES NOT HOLD'}")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    document = json.dumps([asdict(row) for row in rows], indent=1)
-    write_atomic(CONTROLS, f"{document}\n".encode())
+    document = {str(fold): [asdict(one) for one in known[fold]] for fold in sorted(known)}
+    write_atomic(CONTROLS, f"{json.dumps(document, indent=1)}\n".encode())
 
 
 def _fill_caches(runs: Sequence[PlannedRun], progress: Progress) -> None:

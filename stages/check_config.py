@@ -22,15 +22,17 @@ from kdhiera.progress import counted
 from kdhiera.stages.cache_diff import diff_cache
 from kdhiera.stages.checks import Check, Checks, attempt, fail, ok, warn
 from kdhiera.stages.clips import labels_at, spread
-from kdhiera.stages.distill import begun_with, identity_of, open_cache
+from kdhiera.stages.distill import identity_of
 from kdhiera.stages.extract_plan import existing_cache, identities_of, resolve_precisions
 from kdhiera.stages.labelled import SPLITS
+from kdhiera.stages.open_source import begun_with, open_cache
 from kdhiera.student.base import Student
 from kdhiera.student.build import build_student, taps_of
 from kdhiera.student.initial import load_init
 from kdhiera.teachers.base import Teacher
 from kdhiera.teachers.build import build_named_teacher, check_teachers
 from kdhiera.training.loop import CHECKPOINTS, check_resumable, num_steps
+from kdhiera.training.ranks import Ranks
 
 _SHOWN_PROBLEMS = 5
 _LABELLED = 500  # samples of a split whose labels are read
@@ -257,6 +259,7 @@ def _steps(config: RunConfig, num_samples: int) -> Iterator[Check]:
         return  # said of the shards
 
     def steps() -> str:
+        Ranks(size=config.train.num_workers).num_clips(config.train)
         count = num_steps(config.train, num_samples)
         ratios = len(config.mask_schedule.phases)
         if ratios > count:

@@ -10,40 +10,27 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
-from jaxtyping import Int
 
-from kdhiera.addresses import expand_braces
-from kdhiera.cache.commit import Cache
-from kdhiera.cache.encoding import Codec, make_codec
-from kdhiera.cache.expected import expected_shards
-from kdhiera.cache.fingerprint import (
-    canonical_json,
-    declared_base,
-    declared_column,
-    fingerprint,
-)
+from kdhiera.cache.fingerprint import canonical_json
 from kdhiera.cache.layout import column_id
-from kdhiera.cache.reader import CacheReader
-from kdhiera.cache.rows import KeptRows
-from kdhiera.cache.snapshot import SNAPSHOT_FILE, Snapshot, load_snapshot, save_snapshot
+from kdhiera.cache.snapshot import SNAPSHOT_FILE, Snapshot, save_snapshot
 from kdhiera.config import RunConfig, StudentConfig, dump
 from kdhiera.data.patterns import expand
-from kdhiera.data.sandbox import Sandbox
 from kdhiera.data.shards import index_shards
 from kdhiera.devices import resolve_device, resolve_precision
 from kdhiera.errors import UsageError
-from kdhiera.objective.targets import NEEDS_STATISTICS, Statistics, TargetSpec
+from kdhiera.objective.targets import TargetSpec
 from kdhiera.progress import Progress, human_seconds
-from kdhiera.stages.assemble import decode_limits, featurizer_of
 from kdhiera.stages.environment import record_environment
-from kdhiera.stages.statistics import statistics_of
+from kdhiera.stages.open_source import Opened, begun_with, check_live, open_cache, open_source
 from kdhiera.storage import write_atomic
 from kdhiera.student.base import Student
 from kdhiera.student.build import build_student, taps_of
@@ -52,18 +39,17 @@ from kdhiera.student.export import export
 from kdhiera.student.heads import HeadSpec, build_heads
 from kdhiera.student.initial import load_init
 from kdhiera.student.official import weights_sha256
-from kdhiera.teachers.build import warn_of_scores
-from kdhiera.training.batches import ClipSource
-from kdhiera.training.live import LIVE_ENCODING, LiveSource
-from kdhiera.training.loop import CHECKPOINTS, TrainSummary, check_resumable, num_steps, train
+from kdhiera.training.loop import TrainSummary, check_resumable, num_steps, train
+from kdhiera.training.ranks import ALONE, Ranks
 from kdhiera.training.step import Predictor
 
 logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 128  # neighbours kept together in the sample order: one Zarr shard
+LOCK_SECONDS = 30.0  # for ranks that were started anew while those before them still die
 FREE_SETTINGS = (  # of `train`: they do not decide the weights that come out
     "device", "log_every", "save_every", "keep_last", "prefetch", "num_threads",
-    "grad_checkpointing",
+    "grad_checkpointing", "accumulate", "num_workers", "use_gpu", "max_failures",
 )  # fmt: skip
 
 
@@ -110,38 +96,51 @@ class DistillSummary:
 
 
 def distill(
-    config: RunConfig, *, progress: Progress, resume: bool = False, overwrite: bool = False
+    config: RunConfig,
+    *,
+    progress: Progress,
+    resume: bool = False,
+    overwrite: bool = False,
+    ranks: Ranks = ALONE,
+    stop: threading.Event | None = None,
 ) -> DistillSummary:
-    """Train the student and export it.
+    """Train the student and export it; `launch` starts several ranks that do so together.
 
     Args:
         config: The run.
         progress: Where progress is shown.
         resume: Refuse to start anew.
         overwrite: Throw an earlier run in the same folder away.
+        ranks: Who trains together; all call this alike.
+        stop: See `train`.
 
     Raises:
         UsageError: If there is no cache, or a tap or layer does not exist.
         MismatchError: If cache or run folder were made for another config.
         StoppedError: After SIGTERM or SIGINT, with a checkpoint.
+        RankLostError: If another rank dies.
     """
     folder = Path(config.run_dir)
+    ranks.num_clips(config.train)
     if resume and not (folder / "checkpoints").is_dir():
         raise UsageError(f"--resume: there is no checkpoint in {folder}")
-    with open_source(config, None if overwrite else begun_with(folder)) as opened:
+    snapshot = ranks.first(lambda: _snapshot(config, ranks, anew=overwrite))
+    with open_source(config, snapshot, ranks) as opened:
         student, heads, specs = student_of(config, opened)
         _check_phases(config, num_steps(config.train, opened.source.num_samples))
         resolve_precision(config.train.precision, resolve_device(config.train.device))
         identity = identity_of(config, opened)
-        with _locked(folder):
+
+        def begin() -> None:
             if overwrite:
-                _clear(folder)
+                clear(folder)
             check_resumable(folder, identity)
             if opened.commits is not None:
                 save_snapshot(folder, opened.commits)
             write_atomic(folder / "config.yaml", dump(config).encode())
             record_environment(folder, "distill", device=resolve_device(config.train.device))
-            summary = _train(config, opened, student, heads, specs, identity, progress)
+
+        def end() -> None:
             export(
                 student,
                 config.student,
@@ -149,6 +148,26 @@ def distill(
                 name=config.name,
                 provenance={"steps": summary.steps, **identity},
             )
+
+        with locked(folder, ranks):
+            ranks.first(begin)
+            summary = train(
+                student=student,
+                heads=heads,
+                targets=specs,
+                source=opened.source,
+                masks=config.mask_schedule,
+                num_views=config.views.num,
+                objective=config.objective,
+                config=config.train,
+                run_dir=folder,
+                identity=identity,
+                progress=progress,
+                block=BLOCK_ROWS,
+                ranks=ranks,
+                stop=stop,
+            )
+            ranks.first(end)
     return DistillSummary(
         run_dir=config.run_dir,
         mode=config.cache.mode,
@@ -167,7 +186,7 @@ def preflight(config: RunConfig) -> int:
         UsageError, MismatchError: As `distill` does.
     """
     if config.cache.mode == "live":
-        _check_live(config)
+        check_live(config)
         shards = index_shards(expand(config.data.shards))
         steps = num_steps(config.train, sum(len(shard.samples) for shard in shards))
     else:
@@ -187,192 +206,12 @@ def _check_phases(config: RunConfig, steps: int) -> None:
         )
 
 
-def _train(
-    config: RunConfig,
-    opened: Opened,
-    student: Student,
-    heads: Predictor,
-    specs: Sequence[TargetSpec],
-    identity: Mapping[str, Any],
-    progress: Progress,
-) -> TrainSummary:
-    return train(
-        student=student,
-        heads=heads,
-        targets=specs,
-        source=opened.source,
-        masks=config.mask_schedule,
-        num_views=config.views.num,
-        objective=config.objective,
-        config=config.train,
-        run_dir=Path(config.run_dir),
-        identity=identity,
-        progress=progress,
-        block=BLOCK_ROWS,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Opened:
-    """A source of clips and what the targets need to know of it.
-
-    Args:
-        source: Where kept units are read.
-        coverage: What it holds, in words.
-        snapshot: Hash of `commits`, or of what a live run reads.
-        commits: What it reads of a cache; None for live teachers.
-        encoding: Of its columns.
-        widths: Channels by (teacher, layer).
-        codecs: How features are stored, by (teacher, layer), on the training device.
-        statistics: By (teacher, layer), where `objective.normalise` needs them.
-    """
-
-    source: ClipSource
-    coverage: str
-    snapshot: str
-    commits: Snapshot | None
-    encoding: str
-    widths: Mapping[tuple[str, str], int]
-    codecs: Mapping[tuple[str, str], Codec]
-    statistics: Mapping[tuple[str, str], Statistics]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Cached:
-    """A `ClipSource` over a cache."""
-
-    reader: CacheReader
-
-    @property
-    def num_samples(self) -> int:
-        """Trainable samples."""
-        return self.reader.num_samples
-
-    def read(self, samples: Int[np.ndarray, " b"], *, view: int) -> KeptRows:
-        """Rows of the cache."""
-        return self.reader.read(samples, view=view)
-
-
-@contextlib.contextmanager
-def open_source(config: RunConfig, snapshot: Snapshot | None) -> Iterator[Opened]:
-    """What the config trains from: its cache, or live teachers until the block ends.
-
-    Args:
-        config: The run.
-        snapshot: What a run that goes on began with; see `open_cache`.
-
-    Raises:
-        UsageError: If there is no cache, or the objective needs one and the mode is live.
-        MismatchError: As `open_cache` does.
-    """
-    if config.cache.mode == "cached":
-        yield open_cache(config, snapshot=snapshot)
-        return
-    _check_live(config)
-    layers = config.objective_layers
-    device = resolve_device(config.train.device)
-    with Sandbox(
-        decode_limits(config.decode),
-        num_children=config.decode.num_children or config.extract.cpus_per_actor,
-    ) as sandbox:
-        shards = index_shards(expand(config.data.shards))
-        featurizer = featurizer_of(config, device=device)
-        warn_of_scores(config, featurizer.teachers)
-        source = LiveSource(
-            shards,
-            video_extensions=config.data.video_extensions,
-            max_video_bytes=config.decode.max_video_bytes,
-            policy=config.view_policy,
-            num_views=config.views.num,
-            sandbox=sandbox,
-            featurizer=featurizer,
-            layers=layers,
-        )
-        yield Opened(
-            source=source,
-            coverage=f"{source.num_samples} clips, live teachers",
-            snapshot=fingerprint(
-                {
-                    "base": declared_base(config),
-                    "columns": [
-                        declared_column(config, teacher, layer)
-                        for teacher, chosen in layers.items()
-                        for layer in chosen
-                    ],
-                    "weights": {
-                        name: teacher.weights_sha256
-                        for name, teacher in featurizer.teachers.items()
-                    },
-                    "shards": sorted(shard.shard_id for shard in shards),
-                }
-            ),
-            commits=None,
-            encoding=LIVE_ENCODING,
-            widths=source.widths,
-            codecs={k: make_codec(LIVE_ENCODING, width=w) for k, w in source.widths.items()},
-            statistics={},
-        )
-
-
-def _check_live(config: RunConfig) -> None:
-    """What live teachers cannot give."""
-    gaps = config.plan_gaps()
-    if gaps:
-        raise UsageError(f"objective asks for what `masks` does not plan: {'; '.join(gaps)}")
-    if config.objective.normalise in NEEDS_STATISTICS:
-        raise UsageError(
-            f"objective.normalise={config.objective.normalise} needs the statistics of a cache: "
-            "with cache.mode=live use layer_norm, l2 or none"
-        )
-
-
-def begun_with(folder: Path) -> Snapshot | None:
-    """What the run in a folder reads of its cache, if it has come to a checkpoint."""
-    return load_snapshot(folder) if any((folder / CHECKPOINTS).glob("step-*.pt")) else None
-
-
-def open_cache(config: RunConfig, *, snapshot: Snapshot | None = None) -> Opened:
-    """The cache as a source of clips, checked against the config as far as that goes.
-
-    Args:
-        config: The run.
-        snapshot: What a run that goes on began with; None takes what is committed now.
-
-    Raises:
-        UsageError: If there is no cache.
-        MismatchError: If it was made for another config (its mask plan included), or lacks
-            something that the run asks for or began with.
-    """
-    device = resolve_device(config.train.device)
-    cache = Cache.open(config.cache.dir)
-    cache.check(declared_base(config), declared_only=True)
-    cache.check_masks(config.mask_schedule)
-    columns = {
-        (teacher, layer): column_id(teacher, layer, config.cache.encoding)
-        for teacher, layers in config.objective_layers.items()
-        for layer in layers
-    }
-    for (teacher, layer), column in columns.items():
-        cache.columns.check(column, declared_column(config, teacher, layer), declared_only=True)
-    reader = CacheReader(
-        cache,
-        num_views=config.views.num,
-        columns=tuple(columns.values()),
-        shards=expected_shards(cache, [p for s in config.data.shards for p in expand_braces(s)]),
-        allow_partial=config.cache.allow_partial,
-        snapshot=snapshot,
-    )
-    logger.info("%s", reader.coverage.describe())
-    return Opened(
-        source=_Cached(reader=reader),
-        coverage=reader.coverage.describe(),
-        snapshot=reader.snapshot_sha256,
-        commits=reader.snapshot,
-        encoding=config.cache.encoding,
-        widths={key: reader.width(column) for key, column in columns.items()},
-        codecs={key: reader.codec(column).to(device) for key, column in columns.items()},
-        statistics=statistics_of(reader, columns, config.objective, device),
-    )
+def _snapshot(config: RunConfig, ranks: Ranks, *, anew: bool) -> Snapshot | None:
+    """What a run reads of its cache, which may grow between one rank's look and another's."""
+    begun = None if anew else begun_with(Path(config.run_dir))
+    if begun is None and ranks.size > 1 and config.cache.mode == "cached":
+        return open_cache(config).commits
+    return begun
 
 
 def student_of(config: RunConfig, opened: Opened) -> tuple[Student, Predictor, list[TargetSpec]]:
@@ -477,23 +316,40 @@ def identity_of(config: RunConfig, opened: Opened) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process a run folder."""
+def locked(folder: Path, ranks: Ranks = ALONE) -> Iterator[None]:
+    """One run at a time in a run folder; the first rank holds the lock for all.
+
+    Raises:
+        UsageError: If another run holds it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
+
+    def acquire() -> None:
+        try:
+            lock.acquire(timeout=0 if ranks.size == 1 else LOCK_SECONDS)
+        except Timeout:
+            raise UsageError(
+                f"another process trains in {folder}: wait for it, or choose another run_dir"
+            ) from None
+
+    ranks.first(acquire)
     try:
-        with lock.acquire(timeout=0):
-            yield
-    except Timeout:
-        raise UsageError(
-            f"another process trains in {folder}: wait for it, or choose another run_dir"
-        ) from None
+        yield
+    finally:
+        lock.release()
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
     """Remove what an earlier run left, and only that."""
-    for name in ("checkpoints", "tensorboard", "export", "replay", "report", "pictures"):
+    for name in ("checkpoints", "tensorboard", "export", "replay", "report", "pictures", "ray"):
         shutil.rmtree(folder / name, ignore_errors=True)
     files = ("metrics.jsonl", "config.yaml", "evaluation.json", "features.npz", "report.md")
     for name in (*files, SNAPSHOT_FILE):
         (folder / name).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    from kdhiera.stages.launch import main
+
+    sys.exit(main())

@@ -171,11 +171,12 @@ def extract(
         failed=tuple(failed),
         seconds=time.monotonic() - started,
     )
-    _judge(config, rows)
+    _judge(config, rows, summary)
     if failed or shards.unreadable:
         raise IncompleteError(
             f"{summary.describe()}\nsome shards could not be extracted; all others are committed. "
-            "Mend or remove them and run the same command again"
+            "Mend or remove them and run the same command again",
+            result=summary,
         )
     return summary
 
@@ -237,7 +238,9 @@ def _committed(
     return rows, num_bytes, dense_bytes
 
 
-def _judge(config: RunConfig, rows: collections.Counter[str]) -> None:
+def _judge(
+    config: RunConfig, rows: collections.Counter[str], summary: ExtractSummary | None = None
+) -> None:
     total = sum(rows.values())
     bad = total - rows["ok"]
     limit = config.data.max_bad_fraction
@@ -245,5 +248,6 @@ def _judge(config: RunConfig, rows: collections.Counter[str]) -> None:
         kinds = ", ".join(f"{n} {s}" for s, n in sorted(rows.items()) if s != "ok" and n)
         raise BadDataError(
             f"{bad} of {total} clips are bad ({kinds}), more than data.max_bad_fraction="
-            f"{limit:g} allows: look at the rows' messages, or raise the limit"
+            f"{limit:g} allows: look at the rows' messages, or raise the limit",
+            result=summary,
         )

@@ -105,11 +105,13 @@ def finetuned(
 
 
 def training_policy(config: RunConfig) -> ViewPolicy:
-    """What fine-tuning draws from: frames at the evaluation's stride, random start and crop."""
+    """What fine-tuning draws from: the evaluation's frames, random start and crop."""
     recipe = settings_of(config).finetune
+    middle = evaluation_policy(config, "train")
+    uniform = middle.frames is FramePolicy.UNIFORM_CENTER
     return replace(
-        evaluation_policy(config, "train"),
-        frames=FramePolicy.DENSE,
+        middle,
+        frames=FramePolicy.UNIFORM if uniform else FramePolicy.DENSE,
         crop=CropPolicy.RANDOM_RESIZED,
         crop_scale=recipe.crop_scale,
         crop_ratio=(0.75, 4 / 3),

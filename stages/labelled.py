@@ -73,7 +73,7 @@ def evaluation_policy(config: RunConfig, split: str = "test") -> ViewPolicy:
         num_frames=config.clip.num_frames,
         height=config.clip.height,
         width=config.clip.width,
-        frames=FramePolicy.DENSE_CENTER,
+        frames=_middle(config),
         frame_stride=settings.frame_stride,
         crop=CropPolicy.CENTER,
         crop_scale=(1.0, 1.0),
@@ -84,6 +84,13 @@ def evaluation_policy(config: RunConfig, split: str = "test") -> ViewPolicy:
         clips=settings.test_clips if many else 1,
         crops=settings.test_crops if many else 1,
     )
+
+
+def _middle(config: RunConfig) -> FramePolicy:
+    """Frames as they were chosen in pre-training, unless the evaluation says otherwise."""
+    frames = settings_of(config).frames or config.views.frames
+    uniform = frames in (FramePolicy.UNIFORM, FramePolicy.UNIFORM_CENTER)
+    return FramePolicy.UNIFORM_CENTER if uniform else FramePolicy.DENSE_CENTER
 
 
 def settings_of(config: RunConfig) -> EvaluateConfig:
@@ -105,6 +112,7 @@ def clips_identity(config: RunConfig, shards: Shards) -> dict[str, object]:
         "shards": {split: [shard.shard_id for shard in shards[split]] for split in SPLITS},
         "clip": config.clip.model_dump(mode="json"),
         "allow_short": config.views.allow_short,
+        "frames": str(_middle(config)),
         "frame_stride": settings.frame_stride,
         "test_views": [settings.test_clips, settings.test_crops],
         "decode": config.decode.model_dump(mode="json"),

@@ -70,6 +70,8 @@ def test_overrides_are_yaml_at_dotted_keys() -> None:
         ("teachers.image.layers=['06', 9]", "teachers.image.layers names '06': write 6"),
         ("teachers.image.layers=[norm, 6]", "`norm` last"),
         ("student.taps={image: []}", "taps of image: name one for every layer"),
+        ("train={use_gpu: true, device: cpu}", "use_gpu gives workers GPUs, but device is cpu"),
+        ("train={num_workers: 2, device: cuda}", "give num_workers GPUs with use_gpu: true"),
         ("train.lr=.inf", "`train.lr`: Input should be a finite number, got inf"),
         ("teachers.image.weight=.inf", "`teachers.image.weight`: Input should be a finite number"),
         ("objective.layer_weights={imago: {6: 1}}", "objective.layer_weights names `imago`"),

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_frames_are_distinct_ascending_and_inside(
     assert np.all(steps > 0)
     assert drawn.frame_indices[0] >= 0
     assert drawn.frame_indices[-1] < num_frames
-    if frames is not FramePolicy.UNIFORM:
+    if frames in (FramePolicy.DENSE, FramePolicy.DENSE_CENTER):
         assert set(steps) == {min(stride, max(1, (num_frames - 1) // 7))}
 
 
@@ -158,6 +159,19 @@ def test_clips_are_spread_evenly_over_the_video(num_frames: int, stride: int, cl
     assert starts(clips) == wanted
     assert wanted[-1] + 7 * used < num_frames
     assert starts(1) == [room // 2]
+
+
+@given(st.integers(8, 400), st.integers(1, 10))
+def test_uniform_clips_are_spread_evenly_over_every_segment(num_frames: int, clips: int) -> None:
+    policy = replace(POLICY, frames=FramePolicy.UNIFORM_CENTER, clips=clips)
+    for clip in range(clips):
+        view = draw_view(policy, uid="a", view=clip, num_frames=num_frames, height=9, width=9)
+        length = Fraction(num_frames, 8)
+        exact = [math.floor(length * (i + Fraction(2 * clip + 1, 2 * clips))) for i in range(8)]
+        if len(set(exact)) == 8:
+            assert np.abs(np.subtract(view.frame_indices, exact)).max() <= (num_frames < 16)
+        again = draw_view(policy, uid="b", view=clip, num_frames=num_frames, height=9, width=9)
+        assert again.frame_indices == view.frame_indices
 
 
 @pytest.mark.parametrize(("height", "width"), [(90, 160), (160, 90), (128, 128)])

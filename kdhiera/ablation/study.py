@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kdhiera.ablation.contrasts import answer
 from kdhiera.ablation.page import question_blocks, shown_measures
@@ -16,7 +15,7 @@ from kdhiera.config.ablation import AblationConfig
 from kdhiera.progress import counted, human_seconds
 from kdhiera.report.plots import save
 from kdhiera.report.tables import Table, escape_markdown, percent, to_csv, to_markdown
-from kdhiera.results import Interval
+from kdhiera.results import Control
 from kdhiera.storage import write_atomic
 
 PREFACE = """\
@@ -43,30 +42,6 @@ claim whose difference cannot be shown is reported as not shown here.
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlRow:
-    """A control of one fold of the task.
-
-    Args:
-        fold: Its number.
-        name: What the probe was given.
-        needs_order: Whether it must be above chance.
-        accuracy: What it reached.
-        holds: Whether that is as it must be.
-    """
-
-    fold: int
-    name: str
-    needs_order: bool
-    accuracy: Interval
-    holds: bool
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> ControlRow:
-        """From plain values."""
-        return cls(**{**row, "accuracy": Interval(**row["accuracy"])})
-
-
-@dataclass(frozen=True, kw_only=True)
 class StudyPart:
     """One ablation of the study.
 
@@ -82,7 +57,7 @@ class StudyPart:
 
 
 def write_study(
-    page: Path, folder: Path, parts: Sequence[StudyPart], controls: Sequence[ControlRow]
+    page: Path, folder: Path, parts: Sequence[StudyPart], controls: Mapping[int, Sequence[Control]]
 ) -> Path:
     """Write the page, its pictures and `results.csv`.
 
@@ -143,25 +118,27 @@ def _variants(part: StudyPart, folder: Path) -> list[str]:
     ]
 
 
-def _controls(controls: Sequence[ControlRow]) -> list[str]:
+def _controls(controls: Mapping[int, Sequence[Control]]) -> list[str]:
     if not controls:
         return []
-    folds = sorted({row.fold for row in controls})
+    folds = sorted(controls)
     cells = {
-        (row.name, row.fold): percent(row.accuracy) + ("" if row.holds else " FAILS")
-        for row in controls
+        (one.name, fold): percent(one.accuracy) + ("" if one.holds else " FAILS")
+        for fold, of in controls.items()
+        for one in of
     }
-    wanted = {row.name: "above chance" if row.needs_order else "at chance" for row in controls}
+    known = [one for fold in folds for one in controls[fold]]
+    wanted = {one.name: "above chance" if one.expected == "above" else "at chance" for one in known}
     rows = tuple(
         (name, want, *(cells.get((name, fold), "") for fold in folds))
         for name, want in wanted.items()
     )
     headers = ("given to the classifier", "wanted", *(f"fold {fold}" for fold in folds))
-    failed = sum(not row.holds for row in controls)
+    failed = sum(not one.holds for one in known)
     note = (
         "All hold."
         if not failed
-        else f"**{counted(failed, 'control')} of {len(controls)} not as wanted**: of so many 95 % "
+        else f"**{counted(failed, 'control')} of {len(known)} not as wanted**: of so many 95 % "
         "intervals about one in twenty misses chance by chance."
     )
     return [

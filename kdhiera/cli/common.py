@@ -6,11 +6,14 @@ import functools
 import inspect
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+from kdhiera.errors import KdhieraError
 
 if TYPE_CHECKING:
     from kdhiera.config import RunConfig
@@ -79,6 +82,17 @@ def load(config: str, overrides: list[str] | None = None) -> RunConfig:
     from kdhiera.config import load as read_config
 
     return read_config(config, overrides or ())
+
+
+@contextmanager
+def json_of_errors(as_json: bool) -> Iterator[None]:
+    """Print what was done nevertheless as JSON, where an error within says it."""
+    try:
+        yield
+    except KdhieraError as error:
+        if as_json and error.result is not None:
+            typer.echo(json.dumps(error.result.to_json(), indent=2))
+        raise
 
 
 def emit(result: Any, lines: Callable[[], str], as_json: bool) -> None:

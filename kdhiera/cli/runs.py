@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from kdhiera.cli.common import AsJson, Config, Overrides, command, emit, load
+from kdhiera.cli.common import (
+    AsJson,
+    Config,
+    Overrides,
+    command,
+    emit,
+    json_of_errors,
+    load,
+)
 
 run_app = typer.Typer()
 
@@ -42,7 +50,7 @@ def extract_teachers(
     from kdhiera.progress import make_progress
     from kdhiera.stages.extract_teachers import extract
 
-    with make_progress() as progress:
+    with json_of_errors(as_json), make_progress() as progress:
         summary = extract(
             run,
             progress=progress,
@@ -76,10 +84,10 @@ def distill(
     """
     run = load(config, overrides)
     from kdhiera.progress import make_progress
-    from kdhiera.stages.distill import distill as run_distill
+    from kdhiera.stages.launch import launch
 
     with make_progress() as progress:
-        summary = run_distill(run, progress=progress, resume=resume, overwrite=overwrite)
+        summary = launch(run, progress=progress, resume=resume, overwrite=overwrite)
     emit(summary, summary.describe, as_json)
 
 
@@ -204,7 +212,7 @@ def ablate(
     from kdhiera.pipelines.ablate import ablate as run_ablation
     from kdhiera.progress import make_progress
 
-    with make_progress() as progress:
+    with json_of_errors(as_json), make_progress() as progress:
         summary = run_ablation(
             config,
             overrides or (),

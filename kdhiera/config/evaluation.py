@@ -105,7 +105,8 @@ class EvaluateConfig(Section):
         methods: Any of `knn`, `linear`, `attentive` (frozen) and `finetune`.
         labels_per_class: Everything is also measured with only so many training clips a class;
             fewer are a part of more.
-        frame_stride: Frames between sampled frames.
+        frames: `dense` or `uniform`, from the middle; None takes `views.frames`.
+        frame_stride: Frames between sampled frames, for `dense`.
         test_clips: Clips of a test video, spread evenly over it; their scores are averaged.
         test_crops: Crops of a test clip: 1 in the middle, or 3 along the longer side.
         q_pool: Of the frozen student: 2 as it was pre-trained, or 3.
@@ -126,6 +127,7 @@ class EvaluateConfig(Section):
     groups: tuple[str, ...] = ()
     methods: tuple[Method, ...] = Field(("knn", "linear", "attentive"), min_length=1)
     labels_per_class: tuple[int, ...] = ()
+    frames: Literal["dense", "uniform"] | None = None
     frame_stride: int = Field(4, ge=1)
     test_clips: int = Field(1, ge=1, le=100)
     test_crops: Literal[1, 3] = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdhiera.config.section import Fraction, Precision, Ratio, Section
 from kdhiera.masking import Strategy
@@ -129,7 +129,14 @@ class TrainConfig(Section):
     Attributes:
         epochs: Passes over the samples.
         max_steps: Stop after this many steps; None means the epochs decide.
-        batch_size: Clips of an optimiser step.
+        batch_size: Clips of an optimiser step, all ranks together.
+        accumulate: Parts that a rank goes through its clips of a step in, one after the other:
+            less memory, the same losses.
+        num_workers: Processes that train together, started on Ray; 1 trains in this process.
+            `torchrun` starts its own whatever this says.
+        use_gpu: Give every one of these workers a GPU.
+        max_failures: Times that the workers are started anew from the newest checkpoint after
+            one of them died.
         lr: Learning rate for 256 clips a step; scaled linearly with the batch size.
         min_lr: Where the cosine ends (not scaled).
         warmup_epochs: Linear warm-up.
@@ -155,6 +162,10 @@ class TrainConfig(Section):
     epochs: int = Field(400, ge=1)
     max_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(256, ge=1)
+    accumulate: int = Field(1, ge=1)
+    num_workers: int = Field(1, ge=1)
+    use_gpu: bool = False
+    max_failures: int = Field(3, ge=0)
     lr: float = Field(1.5e-4, gt=0)
     min_lr: float = Field(1e-6, ge=0)
     warmup_epochs: float = Field(40.0, ge=0)
@@ -172,3 +183,12 @@ class TrainConfig(Section):
     num_threads: int = Field(0, ge=0)
     compile: bool = False
     grad_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _workers(self) -> TrainConfig:
+        wants = self.device.startswith("cuda")
+        if self.use_gpu and not (wants or self.device == "auto"):
+            raise ValueError(f"use_gpu gives workers GPUs, but device is {self.device}: write cuda")
+        if wants and self.num_workers > 1 and not self.use_gpu:
+            raise ValueError(f"device is {self.device}: give num_workers GPUs with use_gpu: true")
+        return self

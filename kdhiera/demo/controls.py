@@ -23,7 +23,7 @@ from kdhiera.demo.video import decode
 from kdhiera.errors import UsageError
 from kdhiera.evaluation.bootstrap import bootstrap_interval
 from kdhiera.evaluation.probe import linear_probe
-from kdhiera.results import Interval
+from kdhiera.results import Control
 from kdhiera.views import stable_key
 
 CHANCE = 0.5
@@ -52,30 +52,6 @@ class Clips:
     positive: Int[np.ndarray, " n"]
     objects: Shaped[np.ndarray, " n"]
     backgrounds: Shaped[np.ndarray, " n"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlResult:
-    """Accuracy of one control on the test split.
-
-    Args:
-        name: What the probe was given.
-        needs_order: Whether it was given the order of the frames, and must do well.
-        accuracy: With its interval over objects and backgrounds.
-        num_clips: Test clips.
-    """
-
-    name: str
-    needs_order: bool
-    accuracy: Interval
-    num_clips: int
-
-    @property
-    def holds(self) -> bool:
-        """Chance is outside the interval with order, and inside without."""
-        if self.needs_order:
-            return self.accuracy.low > CHANCE
-        return self.accuracy.low <= CHANCE <= self.accuracy.high
 
 
 def read_clips(shards: Sequence[Path], *, size_px: int, frame_stride: int = 2) -> Clips:
@@ -138,7 +114,7 @@ def run_controls(
     image_features: Mapping[str, Float[np.ndarray, " c"]] | None = None,
     resamples: int = 2000,
     seed: int = 0,
-) -> list[ControlResult]:
+) -> list[Control]:
     """Every control, learnt on `train`, penalty chosen on `validation`, counted on `test`.
 
     Args:
@@ -184,7 +160,7 @@ def _control(
     *,
     resamples: int,
     seed: int,
-) -> ControlResult:
+) -> Control:
     test = splits["test"]
     correct = np.zeros(len(test.keys), dtype=bool)
     for vertical in (False, True):  # the axis is given: one probe for each
@@ -197,9 +173,10 @@ def _control(
             features["test"][rows["test"]],
         )
         correct[rows["test"]] = result.predictions == test.positive[rows["test"]]
-    return ControlResult(
+    return Control(
         name=name,
-        needs_order=needs_order,
+        chance=CHANCE,
+        expected="above" if needs_order else "chance",
         accuracy=bootstrap_interval(
             correct, [test.objects, test.backgrounds], resamples=resamples, seed=seed
         ),

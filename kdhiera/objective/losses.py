@@ -198,10 +198,12 @@ class RunningMean:
 
     def update(self, target: Float[Tensor, "*tokens c"]) -> None:
         """Take the tokens of one batch in."""
-        tokens = target.numel() // target.shape[-1]
+        self.update_by(target.flatten(0, -2).mean(0), target.numel() // target.shape[-1])
+
+    def update_by(self, mean: Float[Tensor, " c"], tokens: int) -> None:
+        """Take a batch in of which only the mean and the number of tokens are known."""
         self.count += tokens
-        step = target.flatten(0, -2).mean(0) - self.mean
-        self.mean = self.mean + step * (tokens / self.count)
+        self.mean = self.mean + (mean - self.mean) * (tokens / self.count)
 
     def explained_variance(
         self,
@@ -223,9 +225,20 @@ class RunningMean:
             kind: Loss; see `loss`.
             beta: Where smooth L1 turns linear.
         """
-        constant = self.mean.expand_as(target)
-        reference = loss(constant, target, kind, beta=beta)
+        reference = self.constant_loss(target, kind, beta=beta)
         return 1.0 - loss(predicted, target, kind, beta=beta) / reference
+
+    def constant_loss(
+        self, target: Float[Tensor, "*tokens c"], kind: str, *, beta: float = 1.0
+    ) -> Float[Tensor, ""]:
+        """Loss of predicting the mean; see `explained_variance`.
+
+        Args:
+            target: What it should give.
+            kind: Loss; see `loss`.
+            beta: Where smooth L1 turns linear.
+        """
+        return loss(self.mean.expand_as(target), target, kind, beta=beta)
 
     def state_dict(self) -> dict[str, int | Tensor]:
         """What a checkpoint keeps."""

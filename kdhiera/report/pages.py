@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -25,7 +25,7 @@ from kdhiera.report.tables import (
     to_csv,
     to_markdown,
 )
-from kdhiera.results import Comparison, Interval, PerClass, Result, to_json
+from kdhiera.results import Comparison, Control, PerClass, Result, to_json
 from kdhiera.storage import write_atomic
 
 FEW_GROUPS = 10
@@ -88,33 +88,6 @@ class TrainingFacts:
     clips_per_second: float
     data_wait: float
     targets: tuple[TargetFacts, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Control:
-    """A check of the labelled task itself.
-
-    Args:
-        name: What the classifier was given, in plain words.
-        accuracy: What it reached.
-        chance: What guessing reaches.
-        num_clips: Test clips.
-        expected: `chance` if the task is only honest when this is at chance; `above` if
-            it only measures something when this is above.
-    """
-
-    name: str
-    accuracy: Interval
-    chance: float
-    num_clips: int
-    expected: Literal["chance", "above"]
-
-    @property
-    def holds(self) -> bool:
-        """Whether the interval agrees with what is expected."""
-        if self.expected == "above":
-            return self.accuracy.low > self.chance
-        return self.accuracy.low <= self.chance <= self.accuracy.high
 
 
 @dataclass(frozen=True, kw_only=True)

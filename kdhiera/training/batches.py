@@ -70,6 +70,7 @@ class Batch:
         target_units: Numbers of the units to predict, ascending in every row: `units`, or
             all others.
         columns: Their encoded features by column id and array name, axes `b m ...`.
+        place: Clips of the step's batch before these, where they are a slice of it.
     """
 
     position: Position
@@ -78,6 +79,19 @@ class Batch:
     pixels: UInt8[Tensor, "b k 2 32 32 3"]
     target_units: Int64[Tensor, "b m"]
     columns: Mapping[str, Mapping[str, Tensor]]
+    place: int = 0
+
+    def parts(self, count: int) -> list[Batch]:
+        """The batch in equal slices, in order.
+
+        Args:
+            count: How many; divides the number of clips.
+        """
+        size = len(self.samples) // count
+        return [
+            replace(self.map(lambda t, s=start: t[s : s + size]), place=self.place + start)  # type: ignore[misc]
+            for start in range(0, count * size, size)
+        ]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with a function applied to every tensor."""
@@ -269,19 +283,27 @@ def batches(
     num_views: int,
     seed: int,
     block: int = 1,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Iterator[Batch]:
-    """Batches of the steps `first_step` .. `num_steps - 1`, in order.
+    """A rank's slices of the batches of the steps `first_step` .. `num_steps - 1`, in order.
+
+    Only the slice is read.
 
     Args:
         source: Where kept units are read.
         masks: How masks are drawn, and what is predicted.
         first_step: Steps done before.
         num_steps: Steps of the whole run.
-        batch_size: Clips of a batch.
+        batch_size: Clips of a step, all ranks together.
         num_views: Views that epochs go round.
         seed: Decides the order.
         block: See `epoch_order`.
+        rank: Whose slices.
+        num_ranks: Equal slices of a batch; divides `batch_size`.
     """
+    size = batch_size // num_ranks
+    place = rank * size
     steps_per_epoch = max(1, source.num_samples // batch_size)
     order, order_epoch = np.empty((0, 0), dtype=np.int64), -1
     for step in range(first_step, num_steps):
@@ -291,10 +313,11 @@ def batches(
         if position.epoch != order_epoch:
             order_epoch = position.epoch
             order = epoch_order(seed, order_epoch, source.num_samples, batch_size, block=block)
-        samples = order[step % steps_per_epoch]
+        samples = order[step % steps_per_epoch][place : place + size]
         rows = source.read(samples, view=position.view)
         spec, hidden = masks.at(step, num_steps), masks.predicts_hidden
-        yield make_batch(rows, spec, position, samples, predict_hidden=hidden)
+        batch = make_batch(rows, spec, position, samples, predict_hidden=hidden)
+        yield replace(batch, place=place)
 
 
 class Prefetcher:

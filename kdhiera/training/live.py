@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from kdhiera.data.sandbox import Sandbox
 from kdhiera.data.shards import ShardIndex, read_sample, read_shard
 from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.featurize import Featurizer, Layers
+from kdhiera.training.ranks import ALONE, Ranks
 from kdhiera.views import ViewPolicy
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class LiveSource:
         sandbox: Decoding children.
         featurizer: Teachers, scores, mask plan.
         layers: Layers that train the student, by teacher.
+        ranks: Who trains together; each tries a share of the clips.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class LiveSource:
         sandbox: Sandbox,
         featurizer: Featurizer,
         layers: Layers,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._reading: dict[str, Any] = {
             "video_extensions": video_extensions,
@@ -76,7 +80,7 @@ class LiveSource:
         self._sandbox = sandbox
         self._featurizer = featurizer
         self._layers = layers
-        self._samples = self._decodable(sorted(shards, key=lambda s: s.shard_id), num_views)
+        self._samples = self._decodable(sorted(shards, key=lambda s: s.shard_id), num_views, ranks)
         if not self._samples:
             raise UsageError("no clip of data.shards decodes: nothing to train on")
 
@@ -128,12 +132,14 @@ class LiveSource:
         assert found.video is not None, "only samples that decode are read"
         return found.uid, self._sandbox.submit(found.video, request)
 
-    def _decodable(self, shards: Sequence[ShardIndex], num_views: int) -> list[_Sample]:
-        """Samples whose clips decode in all views, in order."""
+    def _decodable(
+        self, shards: Sequence[ShardIndex], num_views: int, ranks: Ranks
+    ) -> list[_Sample]:
+        """Samples whose clips decode in all views, in order; all ranks agree on them."""
         wanted = (
             (sample, ClipRequest(uid=sample.uid, view=view, policy=self._policy))
             for shard in shards
-            for sample in read_shard(shard, **self._reading)
+            for sample in islice(read_shard(shard, **self._reading), ranks.rank, None, ranks.size)
             for view in range(num_views)
         )
         bad = {
@@ -141,6 +147,7 @@ class LiveSource:
             for sample, outcome in decode_samples(self._sandbox, wanted, in_flight=SCAN_CLIPS)
             if not isinstance(outcome, Clip)
         }
+        bad = {uid: failure for part in ranks.gather(bad) for uid, failure in part.items()}
         for uid, failure in bad.items():
             logger.warning("left out: %s: %s (%s)", uid, failure.status.value, failure.message)
         return [

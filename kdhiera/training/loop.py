@@ -8,9 +8,10 @@ therefore continues with the losses that the uninterrupted run has.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from kdhiera.training import checkpoint
 from kdhiera.training.batches import Batch, ClipSource, Prefetcher, batches
 from kdhiera.training.metrics import MetricLog, read_metrics
 from kdhiera.training.optim import build_schedule
+from kdhiera.training.ranks import ALONE, Ranks
 from kdhiera.training.step import Learner, NonFiniteError, Predictor, StepResult
 
 logger = logging.getLogger(__name__)
@@ -96,8 +98,12 @@ def train(
     identity: Mapping[str, Any],
     progress: Progress,
     block: int = 1,
+    ranks: Ranks = ALONE,
+    stop: threading.Event | None = None,
 ) -> TrainSummary:
     """Train a student, from its newest checkpoint if the run folder has one.
+
+    All ranks call it alike; the first writes the run folder, which all of them see.
 
     Args:
         student: Fresh from its seed; trained in place.
@@ -113,15 +119,22 @@ def train(
             made under another identity is refused.
         progress: Told of every step.
         block: See `epoch_order`.
+        ranks: Who trains together.
+        stop: Once it is set at any rank all stop, as on a signal; None listens to signals alone.
 
     Returns:
         What `metrics.jsonl` says of the whole run.
 
     Raises:
-        MismatchError: If the run folder belongs to another identity.
-        StoppedError: On SIGTERM or SIGINT, after the step in progress and a checkpoint.
+        UsageError: If ranks and parts cannot share a batch evenly.
+        MismatchError: If the run folder belongs to another identity, or to another run at
+            another rank.
+        StoppedError: On SIGTERM or SIGINT at any rank, after the step in progress and a
+            checkpoint.
         KdhieraError: If a loss or gradient is not finite; the batch is saved for replay.
+        RankLostError: If another rank dies.
     """
+    ranks.num_clips(config)
     device = resolve_device(config.device)
     dtype = resolve_precision(config.precision, device)
     steps = num_steps(config, source.num_samples)
@@ -135,6 +148,7 @@ def train(
         schedule=build_schedule(config, steps),
         device=device,
         dtype=dtype,
+        ranks=ranks,
     )
     run_dir.mkdir(parents=True, exist_ok=True)
     folder = run_dir / CHECKPOINTS
@@ -147,6 +161,7 @@ def train(
         window.load_state_dict(state["window"])
         done = state["step"]
         logger.info("resuming after step %d of %d", done, steps)
+    ranks.check_alike("the runs", {**identity, "step": done})
 
     def save() -> None:
         content = {
@@ -166,13 +181,15 @@ def train(
         num_views=num_views,
         seed=config.seed,
         block=block,
+        rank=ranks.rank,
+        num_ranks=ranks.size,
     )
     task = progress.start("distill", steps, "steps")
     progress.advance(task, done)
     with (
         _num_threads(config.num_threads),
-        stop_on_signals() as stop,
-        MetricLog(run_dir, steps_done=done) as log,
+        stop_on_signals() as signalled,
+        MetricLog(run_dir, steps_done=done) if ranks.is_first else nullcontext() as log,
         Prefetcher(ahead, depth=config.prefetch, pin_memory=device.type == "cuda") as ready,
     ):
         for batch, waited in _timed(ready):
@@ -181,27 +198,29 @@ def train(
             try:
                 result = learner.step(on_device, measure=measure)
             except NonFiniteError as error:
-                saved = _save_replay(run_dir / REPLAY, batch)
+                saved = _save_replay(run_dir / REPLAY, batch, ranks) if error.here else None
+                named = " and ".join(str(path) for path in ranks.gather(saved) if path)
                 raise KdhieraError(
                     f"step {done + 1}: {error}; no weight was changed by it. The batch is in "
-                    f"{saved} for replay; lower train.lr, set train.clip_grad, or try "
+                    f"{named} for replay; lower train.lr, set train.clip_grad, or try "
                     "train.precision=fp32"
                 ) from error
             done += 1
             window.add(result, waited)
-            if measure:
+            if measure and log is not None:
                 log.write(done, window.close(result, batch, done / steps_per_epoch))
             progress.advance(task, 1, **({"loss": f"{float(result.loss):.4f}"} if measure else {}))
             epoch_ends = done % (config.save_every * steps_per_epoch) == 0
-            if stop.is_set() or epoch_ends or done == steps:
-                save()
-            if stop.is_set() and done < steps:
+            stopping = ranks.any(signalled.is_set() or (stop is not None and stop.is_set()))
+            if stopping or epoch_ends or done == steps:
+                ranks.first(save)
+            if stopping and done < steps:
                 raise StoppedError(
                     f"stopped after step {done} of {steps}; a checkpoint is in {folder}, and the "
                     "same command goes on from it"
                 )
     progress.finish(task)
-    return _summary(run_dir, config.batch_size, source.num_samples)
+    return ranks.first(lambda: _summary(run_dir, config.batch_size, source.num_samples))
 
 
 class _Window:
@@ -304,10 +323,11 @@ def check_identity(wanted: Mapping[str, Any], found: Mapping[str, Any], run_dir:
         )
 
 
-def _save_replay(folder: Path, batch: Batch) -> Path:
-    """Keep a batch as tensors and plain values."""
+def _save_replay(folder: Path, batch: Batch, ranks: Ranks) -> Path:
+    """Keep a rank's batch as tensors and plain values."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{batch.position.step:08d}.pt"
+    whose = "" if ranks.size == 1 else f"-rank-{ranks.rank}"
+    path = folder / f"step-{batch.position.step:08d}{whose}.pt"
     content = {
         "position": asdict(batch.position),
         "samples": batch.samples,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,27 @@ from kdhiera.schedule import Schedule
 from kdhiera.seeding import seeded
 from kdhiera.student.base import Student, set_fused_attention
 from kdhiera.student.decoder import Decoders
+from kdhiera.student.drop_path import give_drop_paths, given
 from kdhiera.student.heads import Heads
 from kdhiera.training.batches import Batch
 from kdhiera.training.jitter import jitter
 from kdhiera.training.optim import build_optimizer
+from kdhiera.training.ranks import ALONE, GradientMean, Ranks
 
 Predictor = Heads | Decoders
 
 
 class NonFiniteError(Exception):
-    """A loss or gradient is NaN or infinite; no weight was changed."""
+    """A loss or gradient is NaN or infinite; no weight was changed.
+
+    Args:
+        message: Which, of which rank where there are several.
+        here: Whether this rank's clips may be the cause.
+    """
+
+    def __init__(self, message: str, *, here: bool) -> None:
+        super().__init__(message)
+        self.here = here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +84,19 @@ class _Outcome:
     predicted: dict[str, Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What a part of a batch shows.
+
+    Args:
+        means: Over its tokens, by name.
+        tokens: Their number by target name.
+    """
+
+    means: dict[str, Tensor]
+    tokens: dict[str, int]
+
+
 class Learner:
     """A student with what predicts from it, optimiser and running means.
 
@@ -85,6 +109,7 @@ class Learner:
         schedule: Learning rate of every step.
         device: Where it computes.
         dtype: `torch.float32`, or what autocast multiplies in.
+        ranks: Who trains with it; every rank has a learner of the same weights.
     """
 
     def __init__(
@@ -98,6 +123,7 @@ class Learner:
         schedule: Schedule,
         device: torch.device,
         dtype: torch.dtype,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.student = student.to(device).train()
         self.heads = heads.to(device).train()
@@ -107,62 +133,118 @@ class Learner:
         self.schedule = schedule
         self.device = device
         self.dtype = dtype
+        self.ranks = ranks
+        self._paths = give_drop_paths(self.student)
         self.optimizer = build_optimizer((self.student, self.heads), config)
         self.means = {spec.name: RunningMean(spec.width, device) for spec in targets}
         fused = device.type != "cpu" or dtype is torch.float32
         set_fused_attention(student.backbone, fused)
         set_fused_attention(heads, fused)
+        trained = (p for module in (self.student, self.heads) for p in module.parameters())
+        self.gradients = GradientMean([p for p in trained if p.requires_grad], ranks)
         # a graph for every mask ratio: with sizes left open inductor fails on these shapes
         self._forward = torch.compile(self._run, dynamic=False) if config.compile else self._run
 
     def step(self, batch: Batch, *, measure: bool) -> StepResult:
-        """Learn from one batch on the device.
+        """Learn from one batch on the device, or from this rank's slice of it.
 
-        All randomness is a function of the seed and the step's number (drop-path), and of the
-        sample's (teacher dropping, jitter).
+        All randomness is a function of the seed, the step's number, and the sample's (teacher
+        dropping, jitter) or its place in the whole batch (drop-path). Losses, gradients and
+        what is measured are those of the whole batch, at every rank.
 
         Args:
             batch: On the device.
             measure: Whether explained variance and cosine are wanted.
 
         Raises:
-            NonFiniteError: Before any weight changes, naming teacher and layer.
+            NonFiniteError: Before any weight changes, naming teacher and layer; at all ranks.
             KdhieraError: If `train.compile` is set and this machine cannot compile.
         """
         number = batch.position.step
-        pixels = self._jittered(batch)
-        wanted = self._wanted(batch)
-        dropped = self._drops(batch)
-        with (
-            seeded("step", self.config.seed, number, device=self.device),
-            explain_compiler(self.config.compile),
-        ):
-            outcome = self._forward(pixels, batch.units, batch.target_units, wanted, dropped)
-        if not bool(torch.isfinite(outcome.value)):
-            raise NonFiniteError(_explain_loss(outcome.losses, wanted))
+        parts = batch.parts(self.config.accumulate)
+        factors = self._draw_paths(number)
+        self.optimizer.zero_grad(set_to_none=True)
+        seen = []
+        for part in parts:
+            if part is parts[-1]:
+                self.gradients.expect()
+            seen.append(self._learn(part, factors, share=1 / len(parts), measure=measure))
+        self.gradients.finish()
+        mean = self._mean(seen)
+        if not bool(torch.isfinite(mean["loss"])):
+            self._explain(parts, seen)
 
-        explained = cosines = None
-        kind, beta, predicted = self.objective.loss, self.objective.beta, outcome.predicted
-        with torch.no_grad():
-            if measure:
-                explained = {
-                    n: self.means[n].explained_variance(predicted[n], wanted[n], kind, beta=beta)
-                    for n in wanted
-                }
-                cosines = {n: cosine(predicted[n], wanted[n]) for n in wanted}
-            for n, target in wanted.items():
-                self.means[n].update(target)
-
+        names = [spec.name for spec in self.targets]
+        for name in names:
+            tokens = seen[0].tokens[name] * len(parts) * self.ranks.size
+            self.means[name].update_by(mean[f"target/{name}"], tokens)
         lr = self.schedule.lr(number)
-        norm = self._descend(outcome.value, lr)
+        norm = self._descend(lr)
         return StepResult(
-            loss=outcome.value.detach(),
-            losses={n: item.detach() for n, item in outcome.losses.items()},
+            loss=mean["loss"],
+            losses={n: mean[f"loss/{n}"] for n in names},
             grad_norm=norm,
             lr=lr,
-            explained_variance=explained,
-            cosine=cosines,
+            explained_variance={
+                n: 1 - mean[f"predicted/{n}"] / mean[f"constant/{n}"] for n in names
+            }
+            if measure
+            else None,
+            cosine={n: mean[f"cosine/{n}"] for n in names} if measure else None,
         )
+
+    def _draw_paths(self, number: int) -> list[Tensor]:
+        """What drop-path multiplies the branches of every clip of the step's batch by."""
+        with seeded("step", self.config.seed, number, device=self.device):
+            return [path.draw(self.config.batch_size, self.device) for path in self._paths]
+
+    def _learn(
+        self, part: Batch, factors: Sequence[Tensor], *, share: float, measure: bool
+    ) -> _Seen:
+        """Add a part's gradients, and measure it."""
+        wanted = self._wanted(part)
+        clips = slice(part.place, part.place + len(part.samples))
+        with (
+            given(self._paths, [each[clips] for each in factors]),
+            explain_compiler(self.config.compile),  # the backward pass is compiled when used
+        ):
+            outcome = self._forward(
+                self._jittered(part), part.units, part.target_units, wanted, self._drops(part)
+            )
+            (outcome.value * share).backward()  # type: ignore[no-untyped-call]
+        seen = {"loss": outcome.value.detach()}
+        kind, beta, predicted = self.objective.loss, self.objective.beta, outcome.predicted
+        with torch.no_grad():
+            for name, target in wanted.items():
+                seen[f"loss/{name}"] = outcome.losses[name].detach()
+                seen[f"target/{name}"] = target.flatten(0, -2).mean(0)
+                if measure:
+                    mean = self.means[name]
+                    seen[f"predicted/{name}"] = loss(predicted[name], target, kind, beta=beta)
+                    seen[f"constant/{name}"] = mean.constant_loss(target, kind, beta=beta)
+                    seen[f"cosine/{name}"] = cosine(predicted[name], target)
+        tokens = {name: target[..., 0].numel() for name, target in wanted.items()}
+        return _Seen(means=seen, tokens=tokens)
+
+    def _mean(self, seen: Sequence[_Seen]) -> dict[str, Tensor]:
+        """Over parts and ranks, which all hold as many tokens."""
+        flat = torch.stack([torch.cat([v.flatten() for v in s.means.values()]) for s in seen])
+        whole, first = self.ranks.mean(flat.mean(0)), seen[0].means
+        pieces = torch.split(whole, [value.numel() for value in first.values()])
+        named = zip(first.items(), pieces, strict=True)
+        return {name: piece.view_as(value) for (name, value), piece in named}
+
+    def _explain(self, parts: Sequence[Batch], seen: Sequence[_Seen]) -> NoReturn:
+        """Say whose loss is not finite, to all ranks alike."""
+        flaw = None
+        for part, each in zip(parts, seen, strict=True):
+            if not bool(torch.isfinite(each.means["loss"])):
+                losses = {spec.name: each.means[f"loss/{spec.name}"] for spec in self.targets}
+                flaw = flaw or _explain_loss(losses, self._wanted(part))
+        found = self.ranks.gather(flaw)
+        alone = self.ranks.size == 1
+        told = [t if alone else f"rank {r}: {t}" for r, t in enumerate(found) if t is not None]
+        raise NonFiniteError("; ".join(told), here=flaw is not None)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later step depends on."""
@@ -246,10 +328,8 @@ class Learner:
             for spec in self.targets
         }
 
-    def _descend(self, value: Tensor, lr: float) -> Tensor:
-        self.optimizer.zero_grad(set_to_none=True)
-        with explain_compiler(self.config.compile):  # the backward pass is compiled when used
-            value.backward()  # type: ignore[no-untyped-call]
+    def _descend(self, lr: float) -> Tensor:
+        """Clip the gradients and change the weights; the same at all ranks."""
         parameters = [
             parameter
             for group in self.optimizer.param_groups
@@ -265,13 +345,17 @@ class Learner:
                 if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
             ]
             self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"the gradient of {', '.join(bad[:3])} is not finite")
+            raise NonFiniteError(f"the gradient of {', '.join(bad[:3])} is not finite", here=True)
         if self.config.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         return norm
+
+
+def _explained(mean: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    return {n: 1 - mean[f"predicted/{n}"] / mean[f"constant/{n}"] for n in names}
 
 
 def with_statistics(

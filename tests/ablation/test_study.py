@@ -6,9 +6,9 @@ from pathlib import Path
 
 from made_up import record
 
-from kdhiera.ablation.study import ControlRow, StudyPart, write_study
+from kdhiera.ablation.study import StudyPart, write_study
 from kdhiera.config.ablation import AblationConfig
-from kdhiera.results import Interval
+from kdhiera.results import Control, Interval
 
 
 def question(title: str, variant: str) -> dict[str, object]:
@@ -40,13 +40,13 @@ def part(name: str, *variants: str) -> AblationConfig:
     )
 
 
-def control(fold: int, *, holds: bool) -> ControlRow:
-    return ControlRow(
-        fold=fold,
+def control(*, holds: bool) -> Control:
+    return Control(
         name="first frame",
-        needs_order=False,
         accuracy=Interval(value=0.5, low=0.4, high=0.6),
-        holds=holds,
+        chance=0.5 if holds else 0.3,
+        num_clips=100,
+        expected="chance",
     )
 
 
@@ -54,7 +54,7 @@ BASE = tuple(record("base", seed, share=0.2) for seed in (0, 1))
 GOOD = tuple(record("good", seed, share=1.0) for seed in (0, 1))
 
 
-def write(tmp_path: Path, parts: list[StudyPart], controls: list[ControlRow]) -> str:
+def write(tmp_path: Path, parts: list[StudyPart], controls: dict[int, list[Control]]) -> str:
     return write_study(
         tmp_path / "docs" / "results.md", tmp_path / "docs" / "results", parts, controls
     ).read_text()
@@ -65,7 +65,7 @@ def test_what_was_run_is_answered_and_what_was_not_is_shown_empty(tmp_path: Path
         StudyPart(config=part("main", "good", "never"), records=(*BASE, *GOOD), expected=6),
         StudyPart(config=part("more", "late"), records=BASE, expected=4),
     ]
-    text = write(tmp_path, parts, [control(0, holds=True)])
+    text = write(tmp_path, parts, {0: [control(holds=True)]})
     assert "- main: 4 of 6 runs done" in text
     assert "- more: 2 of 4 runs done" in text
     assert "Claim: good is better. **Holds here.**" in text
@@ -82,7 +82,7 @@ def test_a_run_that_two_parts_share_counts_once(tmp_path: Path) -> None:
         StudyPart(config=part("main", "good"), records=(*BASE, *GOOD), expected=4),
         StudyPart(config=part("more", "late"), records=BASE, expected=4),
     ]
-    write(tmp_path, parts, [])
+    write(tmp_path, parts, {})
     text = (tmp_path / "docs" / "results" / "results.csv").read_text()
     rows = list(csv.DictReader(text.splitlines()))
     assert [(r["variant"], r["seed"]) for r in rows] == [
@@ -102,15 +102,15 @@ def test_holm_counts_the_questions_of_all_parts(tmp_path: Path) -> None:
         (row,) = [line for line in text.splitlines() if line.startswith("| good against")]
         return float(row.split("|")[7])
 
-    assert adjusted(write(tmp_path / "both", both, [])) >= adjusted(
-        write(tmp_path / "alone", alone, [])
+    assert adjusted(write(tmp_path / "both", both, {})) >= adjusted(
+        write(tmp_path / "alone", alone, {})
     )
 
 
 def test_a_control_that_fails_is_bold(tmp_path: Path) -> None:
     parts = [StudyPart(config=part("main", "good"), records=(), expected=4)]
-    assert "All hold." in write(tmp_path, parts, [control(0, holds=True)])
-    text = write(tmp_path, parts, [control(0, holds=True), control(1, holds=False)])
+    assert "All hold." in write(tmp_path, parts, {0: [control(holds=True)]})
+    text = write(tmp_path, parts, {0: [control(holds=True)], 1: [control(holds=False)]})
     assert "**1 control of 2 not as wanted**" in text
     assert "FAILS" in text
     assert "No run is finished." in text

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from kdhiera.demo.assets import Assets
-from kdhiera.demo.controls import Clips, ControlResult, motion, read_clips, run_controls
+from kdhiera.demo.controls import Clips, motion, read_clips, run_controls
 from kdhiera.demo.render import render_task
 from kdhiera.demo.task import SPLITS, TaskSpec
 from kdhiera.errors import UsageError
+from kdhiera.results import Control
 
 SPEC = TaskSpec(size_px=64, train=192, validation=72, test=144, window_px=64, window_frames=128)
 
@@ -24,7 +25,7 @@ def drawn(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     }
 
 
-def by_name(results: list[ControlResult]) -> dict[str, ControlResult]:
+def by_name(results: list[Control]) -> dict[str, Control]:
     return {result.name: result for result in results}
 
 

@@ -241,10 +241,13 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(write: Write, tmp_pa
     assert "**1 run failed**" in report
     assert "| bad/seed-0 | step 2: the loss is not finite" in report
     assert "| bad | not run |" in report
-    done = kdhiera("ablate", path)
+    done = kdhiera("ablate", path, "--json")
     assert done.returncode == 5, done.stderr
-    assert done.stdout.startswith("3 runs, 2 done, 1 to do\n  bad  3 steps, seed 0\n")
+    assert "3 runs, 2 done, 1 to do\n  bad  3 steps, seed 0\n" in done.stderr
     assert "failed    bad/seed-0: step 2: the loss is not finite" in done.stderr
+    document = json.loads(done.stdout)
+    assert document["finished"] == 2
+    assert list(document["failures"]) == ["bad/seed-0"]
 
 
 def test_other_settings_are_run_again_and_said(write: Write, tmp_path: Path, caplog) -> None:

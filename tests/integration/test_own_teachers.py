@@ -19,9 +19,10 @@ from kdhiera.cache.commit import Cache
 from kdhiera.config import RunConfig
 from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.progress import Progress, make_progress
-from kdhiera.stages import distill as distill_stage
-from kdhiera.stages.distill import distill, open_source
+from kdhiera.stages import open_source as sources_stage
+from kdhiera.stages.distill import distill
 from kdhiera.stages.extract_teachers import extract
+from kdhiera.stages.open_source import open_source
 
 MakeRun = Callable[..., RunConfig]
 TESTS = Path(__file__).parents[1]
@@ -57,7 +58,7 @@ def test_no_cache_is_made_for_a_teacher_that_cannot_fill_it(
 def test_no_clip_is_decoded_for_a_teacher_that_cannot_train(
     make_run: MakeRun, progress: Progress, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distill_stage, "LiveSource", pytest.fail)
+    monkeypatch.setattr(sources_stage, "LiveSource", pytest.fail)
     with pytest.raises(UsageError, match=r"^teacher mine.*broken_teacher:build"):
         distill(of(make_run, fault, cache={"mode": "live"}), progress=progress)
 

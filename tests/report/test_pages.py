@@ -8,7 +8,6 @@ from PIL import Image
 
 from kdhiera.report.pages import (
     CacheFacts,
-    Control,
     Picture,
     ReportData,
     TargetFacts,
@@ -19,6 +18,7 @@ from kdhiera.report.pictures import ClipPicture, show_clip
 from kdhiera.results import (
     ClassCount,
     Comparison,
+    Control,
     Interval,
     Measure,
     PerClass,

@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import dies
 from tiny_run import MemorySource, Setup
 
 from kdhiera.cache.rows import KeptRows
@@ -154,6 +156,43 @@ def test_kill_9_at_any_moment_loses_nothing_but_time(
     child.wait()
     setup.run(source)
     assert lines_of(setup.run_dir) == uninterrupted[0]
+
+
+def test_killed_again_and_again_also_while_it_writes_a_checkpoint_it_loses_time_only(
+    setup: Setup, source: MemorySource, uninterrupted: tuple[Any, Any]
+) -> None:
+    """Mid-epoch, between a step and its checkpoint, and at some byte of the file."""
+    folder = setup.run_dir / "checkpoints"
+
+    def killed_at(step: int) -> None:
+        kill = Watcher(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        setup.run(source, progress=kill)
+
+    def killed_while_writing(num_bytes: int) -> None:
+        """The kernel ends the process in the write that takes a file beyond the limit."""
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+        setup.run(source)
+
+    assert dies(lambda: killed_at(3)) == -signal.SIGKILL
+    assert not folder.exists()
+    assert dies(lambda: killed_at(8)) == -signal.SIGKILL  # its checkpoint is due
+    assert not folder.exists()
+    assert dies(lambda: killed_at(11)) == -signal.SIGKILL
+    (first,) = folder.glob("*.pt")
+    size = first.stat().st_size
+    for share in (0.01, 0.5, 0.99):
+        assert dies(lambda share=share: killed_while_writing(int(share * size))) == -signal.SIGXFSZ
+        assert [path.name for path in folder.glob("step-*.pt")] == ["step-00000008.pt"]
+        assert list(folder.glob(".step-00000016.pt.*.tmp")), "it was writing"
+    rng = np.random.default_rng(0)
+    for step in sorted(rng.choice(np.arange(12, STEPS), 3, replace=False)):
+        assert dies(lambda step=step: killed_at(int(step))) == -signal.SIGKILL
+    student = setup.student()
+    setup.run(source, student=student)
+    lines, weights = uninterrupted
+    assert lines_of(setup.run_dir) == lines
+    assert all(torch.equal(value, weights[name]) for name, value in student.state_dict().items())
 
 
 def test_a_damaged_newest_checkpoint_costs_time_only(

@@ -1,4 +1,5 @@
 import io
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from kdhiera.student.build import build_student, default_taps
 from kdhiera.student.heads import HeadSpec, build_heads
 from kdhiera.training.batches import ClipSource
 from kdhiera.training.loop import TrainSummary, train
+from kdhiera.training.ranks import ALONE, Ranks
 
 GRID = Grid(num_frames=4, height=64, width=64)
 WIDTH = 24
@@ -118,6 +120,8 @@ class Setup:
         targets: list[TargetSpec] | None = None,
         objective: ObjectiveConfig | None = None,
         num_views: int = 2,
+        ranks: Ranks = ALONE,
+        stop: threading.Event | None = None,
         **changes: Any,
     ) -> TrainSummary:
         student = student or self.student()
@@ -141,4 +145,6 @@ class Setup:
             run_dir=self.run_dir,
             identity=self.identity,
             progress=progress or PlainProgress(io.StringIO()),
+            ranks=ranks,
+            stop=stop,
         )
