@@ -32,6 +32,7 @@ from kdhiera.student.initial import load_init
 from kdhiera.teachers.base import Teacher
 from kdhiera.teachers.build import build_named_teacher, check_teachers
 from kdhiera.training.loop import CHECKPOINTS, check_resumable, num_steps
+from kdhiera.training.ranks import Ranks
 
 _SHOWN_PROBLEMS = 5
 _LABELLED = 500  # samples of a split whose labels are read
@@ -258,6 +259,7 @@ def _steps(config: RunConfig, num_samples: int) -> Iterator[Check]:
         return  # said of the shards
 
     def steps() -> str:
+        Ranks(size=config.train.num_workers).num_clips(config.train)
         count = num_steps(config.train, num_samples)
         ratios = len(config.mask_schedule.phases)
         if ratios > count:

@@ -273,6 +273,7 @@ def _notes(
         yield "no labels: there is no `evaluate` section"
     elif not {"validation", "test"} <= shards.keys():
         yield (
-            f"labels ({', '.join(map(shown, seen.classes))}) but no splits: pack with --split "
-            "validation=0.1 --split test=0.1, and the config gets an `evaluate` section"
+            f"labels ({', '.join(map(shown, seen.classes))}), but not the three splits of an "
+            "evaluation: pack with --split validation=0.1 --split test=0.1, and the config gets an "
+            "`evaluate` section"
         )
