@@ -53,6 +53,36 @@ def extract_teachers(
 
 
 @command(
+    "plan",
+    "kdhiera plan configs/demo.yaml",
+    "kdhiera plan configs/demo.yaml cache.encoding=compact views.num=3",
+    "kdhiera plan configs/demo.yaml --clips 64 --json",
+    to=run_app,
+)
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    clips: Annotated[
+        int, typer.Option("--clips", min=4, max=100_000, help="Clips that are tried.")
+    ] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Try a few clips and say what the run will take: bytes, hours, free space, break-even.
+
+    Decodes them, runs every teacher, stores them in every encoding and takes a few optimiser
+    steps, all in a temporary folder: cache and run are left alone. docs/plan.md says how to
+    read it.
+    """
+    run = load(config, overrides)
+    from kdhiera.progress import make_progress
+    from kdhiera.stages.plan import plan_run
+
+    with make_progress() as progress:
+        summary = plan_run(run, num_clips=clips, progress=progress)
+    emit(summary, summary.describe, as_json)
+
+
+@command(
     "distill",
     "kdhiera distill configs/demo.yaml",
     "kdhiera distill configs/demo.yaml train.epochs=50 objective.loss=cosine",
