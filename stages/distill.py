@@ -42,6 +42,7 @@ from kdhiera.errors import UsageError
 from kdhiera.objective.targets import NEEDS_STATISTICS, Statistics, TargetSpec
 from kdhiera.progress import Progress, human_seconds
 from kdhiera.stages.assemble import decode_limits, featurizer_of
+from kdhiera.stages.export import provenance_of
 from kdhiera.stages.statistics import statistics_of
 from kdhiera.storage import write_atomic
 from kdhiera.student.base import Student
@@ -145,7 +146,9 @@ def distill(
                 config.student,
                 folder / "export",
                 name=config.name,
-                provenance={"steps": summary.steps, **identity},
+                provenance=provenance_of(
+                    config, coverage=opened.coverage, steps=summary.steps, settings=identity
+                ),
             )
     return DistillSummary(
         run_dir=config.run_dir,

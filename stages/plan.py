@@ -96,6 +96,8 @@ class Extraction:
         decode_seconds: To read and decode a clip, with all workers at it.
         store_seconds: To encode, compress, write and read back a clip, with all workers at it.
         teachers: What each of them takes.
+        cpu_share: Share of the workers' CPU time that was to be had while the teachers were
+            timed; times are by the clock, and shorter where nothing else runs.
     """
 
     device: str
@@ -106,6 +108,7 @@ class Extraction:
     decode_seconds: float
     store_seconds: float
     teachers: tuple[PlannedTeacher, ...]
+    cpu_share: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,17 +394,20 @@ def _extraction(
     fleet, clips = measured.fleet, measured.decoded.clips
     everything = Work(base=True, layers=tuple(columns_of(config).values()))
     kinds = {_work_of(part) for part in extract.parts}
-    teach = {
-        work: fleet.each(time_features(measured.featurizer, clips, work, fleet))
+    timings = {
+        work: time_features(measured.featurizer, clips, work, fleet)
         for work in {everything, *kinds}
     }
+    teach = {work: fleet.each(timing.seconds) for work, timing in timings.items()}
+    cpu_share = timings[everything].cpu_share if fleet.on_cpu else 1.0
+    store_seconds = measured.store_seconds / cpu_share
 
     def clip_seconds(work: Work) -> float:
         """A clip, with all workers at it."""
         one = measured.stored.clips[config.cache.encoding, measured.featurizer.plan.keep_all]
         stored = sum(one.layers[key] for key in work.layers)
         stored += sum(one.base.values()) if work.base else 0.0
-        store = measured.store_seconds * stored / one.total
+        store = store_seconds * stored / one.total
         together = (measured.decode_seconds, teach[work], store)
         return sum(together) if fleet.on_cpu else max(together)
 
@@ -422,7 +428,8 @@ def _extraction(
         seconds=start_seconds + seconds if extract.parts else 0.0,
         view_seconds=clip_seconds(everything) * num_samples,
         decode_seconds=measured.decode_seconds,
-        store_seconds=measured.store_seconds,
+        store_seconds=store_seconds,
+        cpu_share=cpu_share,
         teachers=tuple(
             PlannedTeacher(
                 name=name,
@@ -458,7 +465,7 @@ def _live_seconds(config: RunConfig, measured: _Measured) -> float:
     layers = tuple((t, layer) for t, found in config.objective_layers.items() for layer in found)
     alone = replace(measured.fleet, workers=1, here=1)
     work = Work(base=True, layers=layers)
-    return time_features(measured.featurizer, measured.decoded.clips, work, alone)
+    return time_features(measured.featurizer, measured.decoded.clips, work, alone).seconds
 
 
 def _training(

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from kdhiera.stages.plan import RunPlan
 
 
+_BUSY = 0.8  # share of the CPUs; with less, others are at work
+
+
 def screen(plan: RunPlan) -> str:
     """What a run takes, for people."""
     return "\n".join(
@@ -83,8 +86,15 @@ def _extraction(plan: RunPlan) -> list[str]:
             f"{human_seconds(found.seconds)} with {on}, {human_seconds(found.start_seconds)} of it "
             "to load teachers"
         )
+    busy = []
+    if found.cpu_share < _BUSY:
+        busy = [
+            f"          other work takes {100 * (1 - found.cpu_share):.0f} % of the CPUs now: with "
+            f"nothing else running, about {human_seconds(found.cpu_share * found.seconds)}"
+        ]
     return [
         f"extract   {what}",
+        *busy,
         f"          a clip, with {on} at it: {', '.join(of_clip)}",
         f"          every further view of all clips: {human_seconds(found.view_seconds)}, "
         f"{human_bytes(plan.whole_bytes / plan.num_views)}",

@@ -92,6 +92,20 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What a clip takes those workers that are here.
+
+    Args:
+        seconds: By the clock, with all of them at it.
+        cpu_share: CPU time of this process in that time, of all that the workers' CPUs had;
+            small where other processes use them too.
+    """
+
+    seconds: float
+    cpu_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decoded:
     """Clips of the trial.
 
@@ -151,8 +165,8 @@ def decode_clips(
 
 def time_features(
     featurizer: Featurizer, clips: Sequence[tuple[Sample, Clip]], work: Work, fleet: Fleet
-) -> float:
-    """Seconds of a clip through teachers, scores, masks and channel statistics.
+) -> Timing:
+    """A clip through teachers, scores, masks and channel statistics.
 
     Args:
         featurizer: The run's teachers and masks.
@@ -169,7 +183,7 @@ def time_features(
     def one(frames: Frames) -> None:
         featurizer(frames, uids=uids, view=0, layers=work.by_teacher, units=units)
 
-    return _seconds(one, clips, size, fleet)
+    return _timed(one, clips, size, fleet)
 
 
 def time_teacher(
@@ -193,7 +207,7 @@ def time_teacher(
     def one(frames: Frames) -> None:
         featurizer.teachers[name](torch.from_numpy(frames).to(fleet.device), layers, scores)
 
-    return _seconds(one, clips, min(featurizer.batch_size, len(clips)), fleet)
+    return _timed(one, clips, min(featurizer.batch_size, len(clips)), fleet).seconds
 
 
 def teacher_macs(featurizer: Featurizer, clip: Clip, name: str, layers: Sequence[str]) -> int:
@@ -291,19 +305,20 @@ def _step_seconds(config: RunConfig, learner: Learner, source: ClipSource, spec:
     return statistics.median(taken[_WARM_STEPS:])
 
 
-def _seconds(
+def _timed(
     work: Callable[[Frames], None],
     clips: Sequence[tuple[Sample, Clip]],
     size: int,
     fleet: Fleet,
-) -> float:
-    """Seconds of a clip, median over rounds in which every worker here has `size` clips."""
+) -> Timing:
+    """A clip, median over rounds in which every worker here has `size` clips."""
     frames = np.stack([clip.frames for _, clip in clips])
     shares = [
         np.take(frames, range(i * size, (i + 1) * size), axis=0, mode="wrap")
         for i in range(fleet.here)
     ]
     taken: list[float] = []
+    busy = time.process_time()
     with ThreadPoolExecutor(
         fleet.here, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
     ) as pool:
@@ -312,7 +327,11 @@ def _seconds(
             list(pool.map(work, shares))
             _finish(fleet.device)
             taken.append(time.perf_counter() - began)
-    return statistics.median(taken) / (size * fleet.here)
+    cpus = fleet.here * torch.get_num_threads()
+    return Timing(
+        seconds=statistics.median(taken) / (size * fleet.here),
+        cpu_share=min(1.0, (time.process_time() - busy) / (sum(taken) * cpus)),
+    )
 
 
 def _scores_of(featurizer: Featurizer, name: str) -> str | None:

@@ -16,6 +16,7 @@ from kdhiera.cli import main
 COMMANDS = [
     [],
     ["extract-teachers"],
+    ["plan"],
     ["distill"],
     ["evaluate"],
     ["show"],

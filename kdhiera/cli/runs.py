@@ -16,6 +16,7 @@ run_app = typer.Typer()
 class Form(StrEnum):
     """What loads an export."""
 
+    TIMM = "timm"
     HIERA = "hiera"
 
 
@@ -183,7 +184,8 @@ def show(
 
 @command(
     "export",
-    "kdhiera export configs/demo.yaml --to hiera",
+    "kdhiera export configs/demo.yaml",
+    "kdhiera export configs/demo.yaml --out /models/hiera-nano",
     "kdhiera export configs/demo.yaml --to hiera --out hiera_nano.pth",
     to=run_app,
 )
@@ -191,18 +193,28 @@ def export(
     config: Config,
     overrides: Overrides = None,
     to: Annotated[
-        Form, typer.Option("--to", help="hiera: a checkpoint that the original Hiera loads.")
-    ] = Form.HIERA,
+        Form,
+        typer.Option(
+            "--to",
+            help="timm: a folder that timm.create_model loads; hiera: a checkpoint that the "
+            "original Hiera loads.",
+        ),
+    ] = Form.TIMM,
     out: Annotated[
-        Path | None, typer.Option("--out", help="File; by default the run's export/hiera.pth.")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder (timm) or file (hiera); by default the run's export/ and "
+            "export/hiera.pth.",
+        ),
     ] = None,
 ) -> None:
-    """Write the trained student in another form than the run's export/, which timm loads."""
+    """Write the trained student for others, its model card with what was measured meanwhile."""
     run = load(config, overrides)
-    from kdhiera.stages.export import export_original
+    from kdhiera.stages.export import export_original, export_timm
 
-    assert to is Form.HIERA
-    typer.echo(str(export_original(run, out)))
+    write = export_timm if to is Form.TIMM else export_original
+    typer.echo(str(write(run, out)))
 
 
 @command(
