@@ -174,7 +174,7 @@ def evaluate(
     _save_features(files.features, splits, features)
     save_outcomes(files.outcomes, found.outcomes)
     files.save(summary, want, weights=file_sha256(export / "model.safetensors"))
-    export_timm(config, None)  # its card says what was measured
+    export_timm(config)  # its card says what was measured
     return summary
 
 

@@ -61,7 +61,7 @@ def provenance_of(
     return {"teachers": teachers, "data": data, "settings": dict(settings)}
 
 
-def export_timm(config: RunConfig, out: Path | None) -> Path:
+def export_timm(config: RunConfig, out: Path | None = None) -> Path:
     """Write the export of a finished run once more, its card with what was measured meanwhile.
 
     Args:
@@ -92,7 +92,7 @@ def export_timm(config: RunConfig, out: Path | None) -> Path:
     return folder
 
 
-def export_original(config: RunConfig, out: Path | None) -> Path:
+def export_original(config: RunConfig, out: Path | None = None) -> Path:
     """Write the student of a finished run as a checkpoint of the original Hiera.
 
     Args:

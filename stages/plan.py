@@ -269,13 +269,13 @@ class _Measured:
         return self.stored.wall_seconds / self.fleet.workers
 
 
-def plan_run(config: RunConfig, *, num_clips: int, progress: Progress) -> RunPlan:
+def plan_run(config: RunConfig, *, progress: Progress, num_clips: int = 32) -> RunPlan:
     """Try a few clips and say what all of them will take; writes nothing that stays.
 
     Args:
         config: The run.
-        num_clips: Clips of the trial, spread over the shards, at least 4.
         progress: Where progress is shown.
+        num_clips: Clips of the trial, spread over the shards, at least 4.
 
     Raises:
         UsageError: If shards, weights or layers are not there, too few clips decode, or training

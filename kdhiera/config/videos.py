@@ -34,7 +34,13 @@ class DataConfig(Section):
 
 
 class ClipConfig(Section):
-    """Size of a clip in frames and pixels; see `kdhiera.grid`."""
+    """Size of a clip; see `kdhiera.grid`.
+
+    Attributes:
+        num_frames: Frames, even: two make a slot.
+        height: Pixels, a multiple of 32.
+        width: Pixels, a multiple of 32.
+    """
 
     num_frames: int = 16
     height: int = 224
