@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.abc
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
@@ -33,12 +32,13 @@ class _Waiting(importlib.abc.MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self._library:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def then(module: ModuleType) -> None:
+            def then(module: ModuleType) -> None:  # whoever only looks for it imports nothing
                 execute(module)
                 importlib.import_module(self._module)
 

@@ -288,6 +288,7 @@ def plan_run(config: RunConfig, *, progress: Progress, num_clips: int = 32) -> R
     config, shards = found.identities.config, found.shards.found
     extract = make_plan(config, found.cache, shards)
     num_samples = sum(len(shard.samples) for shard in shards)
+    num_steps(config.train, num_samples)  # what training would refuse is said before the trial
     fleet = _fleet(config)
     decoded = decode_clips(config, shards, fleet, num_clips=num_clips, progress=progress)
     if len(decoded.clips) < LEAST_CLIPS:

@@ -35,11 +35,13 @@ def screen(plan: RunPlan) -> str:
 
 def _clips(plan: RunPlan) -> list[str]:
     clips = plan.num_samples * plan.num_views
+    there = f"          {human_bytes(plan.there_bytes)} are there already"
     return [
         f"clips     {counted(plan.num_samples, 'sample')} of {counted(plan.num_shards, 'shard')} "
         f"x {counted(plan.num_views, 'view')} = {counted(clips, 'clip')}; of {plan.tried} that "
         f"were tried {plan.good} decode",
         plan.extract.describe(),
+        *([there] if plan.there_bytes else []),
     ]
 
 

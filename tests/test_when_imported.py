@@ -7,11 +7,12 @@ import pytest
 
 FIRST = "import kdhiera, sys; assert not {'torch', 'timm', 'numpy'} & set(sys.modules); import timm"
 LAST = "import timm, kdhiera"
+LOOKED = "import kdhiera, importlib.util; assert importlib.util.find_spec('timm'); import timm"
 INSIDE = "import kdhiera.student.hiera, timm"
 NAMES = "print(len(timm.list_models('hiera_video_*')), len(timm.list_models('vit_video_*')))"
 
 
-@pytest.mark.parametrize("imports", [FIRST, LAST, INSIDE])
+@pytest.mark.parametrize("imports", [FIRST, LAST, LOOKED, INSIDE])
 def test_timm_knows_the_students(imports: str) -> None:
     code = f"{imports}; {NAMES}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

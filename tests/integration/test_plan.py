@@ -118,6 +118,7 @@ def test_only_what_is_missing_is_counted(own_cache: Path, make_run: MakeRun) -> 
     assert there.training.break_even_epochs == 0
     assert there.there_bytes > 0
     assert "nothing to do" in there.describe()
+    assert "are there already" in there.describe()
     teachers = make_run().model_dump(mode="json")["teachers"]
     teachers["image"]["layers"] = [6, 9, 12]
     more = planned(make_run("more", teachers=teachers), clips=8)
@@ -135,7 +136,12 @@ def test_a_bucket_needs_room_for_a_part(make_config: MakeConfig, s3_url: str) ->
     assert 0 < found["space"]["needed_bytes"] < found["missing_bytes"]
 
 
+def test_too_few_clips_to_train_on_are_said_before_any_are_tried(make_run: MakeRun) -> None:
+    with pytest.raises(UsageError, match="only 24 clips can be trained on"):
+        planned(make_run(train={"batch_size": 25}))
+
+
 def test_what_does_not_decode_is_no_plan(make_run: MakeRun, tmp_path: Path) -> None:
-    shard = write_tar(tmp_path / "noise.tar", [(f"{i}.mp4", bytes(100)) for i in range(4)])
+    shard = write_tar(tmp_path / "noise.tar", [(f"{i}.mp4", bytes(100)) for i in range(8)])
     with pytest.raises(UsageError, match="0 of 4 clips that were tried decode"):
         planned(make_run(data={"shards": [str(shard)]}), clips=4)
