@@ -35,7 +35,7 @@ bench: install ## figures of docs/performance.md
 	$(BIN)/python -m benchmarks
 
 docs: install ## the documentation as a site in site/, links and snippets checked
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	$(BIN)/pytest -q tests/test_docs.py tests/test_reference_page.py tests/integration/test_library_page.py
 
 clean: ## environment and everything the demo made
