@@ -285,6 +285,7 @@ def plan_run(config: RunConfig, *, progress: Progress, num_clips: int = 32) -> R
     usual_threads = torch.get_num_threads()
     began = time.perf_counter()
     found = look_at(config)
+    start_seconds = time.perf_counter() - began
     config, shards = found.identities.config, found.shards.found
     extract = make_plan(config, found.cache, shards)
     num_samples = sum(len(shard.samples) for shard in shards)
@@ -294,13 +295,13 @@ def plan_run(config: RunConfig, *, progress: Progress, num_clips: int = 32) -> R
     if len(decoded.clips) < LEAST_CLIPS:
         raise UsageError(
             f"{len(decoded.clips)} of {decoded.tried} clips that were tried decode, and the plan "
-            f"needs {LEAST_CLIPS}: look at the videos with `kdhiera show CONFIG --what clips`, or "
-            "raise --clips"
+            f"needs {LEAST_CLIPS}: correct data.shards, views or decode, or raise --clips"
         )
     with tempfile.TemporaryDirectory(prefix="kdhiera-plan-") as name, threads(fleet.cpus):
         base = found.cache.identity if found.cache else dict(found.identities.base)
+        began = time.perf_counter()
         featurizer = featurizer_of(config, device=fleet.device, plan=mask_plan_of(base))
-        start_seconds = time.perf_counter() - began - 2 * decoded.tried * decoded.seconds
+        start_seconds += time.perf_counter() - began  # the command loads teachers, then its workers
         stored = store_clips(
             config,
             found.identities,
