@@ -12,7 +12,9 @@ INSIDE = "import kdhiera.student.hiera, timm"
 NAMES = "print(len(timm.list_models('hiera_video_*')), len(timm.list_models('vit_video_*')))"
 
 
-@pytest.mark.parametrize("imports", [FIRST, LAST, LOOKED, INSIDE])
+@pytest.mark.parametrize(
+    "imports", [FIRST, *(pytest.param(i, marks=pytest.mark.long) for i in (LAST, LOOKED, INSIDE))]
+)
 def test_timm_knows_the_students(imports: str) -> None:
     code = f"{imports}; {NAMES}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
