@@ -30,6 +30,7 @@ from kdhiera.errors import UsageError
 from kdhiera.objective.targets import TargetSpec
 from kdhiera.progress import Progress, human_seconds
 from kdhiera.stages.environment import record_environment
+from kdhiera.stages.export import provenance_of
 from kdhiera.stages.open_source import Opened, begun_with, check_live, open_cache, open_source
 from kdhiera.storage import write_atomic
 from kdhiera.student.base import Student
@@ -146,7 +147,9 @@ def distill(
                 config.student,
                 folder / "export",
                 name=config.name,
-                provenance={"steps": summary.steps, **identity},
+                provenance=provenance_of(
+                    config, coverage=opened.coverage, steps=summary.steps, settings=identity
+                ),
             )
 
         with locked(folder, ranks):

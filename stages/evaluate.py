@@ -41,6 +41,7 @@ from kdhiera.results import (
 )
 from kdhiera.stages.assemble import exported_student
 from kdhiera.stages.environment import record_environment
+from kdhiera.stages.export import EVALUATION, export_timm
 from kdhiera.stages.findings import put_together
 from kdhiera.stages.frozen import Features, FrozenModel, FrozenStage
 from kdhiera.stages.jobs import Job, jobs
@@ -174,7 +175,8 @@ def evaluate(
     )
     _save_features(files.features, splits, features)
     save_outcomes(files.outcomes, found.outcomes)
-    files.save(summary, want)
+    files.save(summary, want, weights=file_sha256(export / "model.safetensors"))
+    export_timm(config)  # its card says what was measured
     return summary
 
 
@@ -237,7 +239,10 @@ def _fingerprint(config: RunConfig, settings: EvaluateConfig, shards: Shards, ex
                 name: weights_identity(t.weights) for name, t in config.teachers.items()
             },
             "student": config.student.model_dump(mode="json"),
-            "teachers": {k: t.model_dump(mode="json") for k, t in config.teachers.items()},
+            "teachers": {
+                k: t.model_dump(mode="json", exclude={"licence"})
+                for k, t in config.teachers.items()
+            },
         }
     )
 
@@ -257,13 +262,14 @@ class _Files:
     """The files of an evaluation in a run folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.document = folder / "evaluation.json"
+        self.document = folder / EVALUATION
         self.features = folder / "features.npz"
         self.outcomes = folder / "outcomes.npz"
 
-    def save(self, summary: EvaluateSummary, want: str) -> None:
+    def save(self, summary: EvaluateSummary, want: str, *, weights: str) -> None:
         document = {
             "fingerprint": want,
+            "weights": weights,
             "results": to_json(summary.results),
             "comparisons": to_json(summary.comparisons),
             "per_class": per_class_to_json(summary.per_class),

@@ -60,6 +60,21 @@ class Identities:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prospect:
+    """What there is before any work.
+
+    Args:
+        shards: The shards of the config.
+        identities: What its teachers make.
+        cache: Its cache, which is of these identities; None if there is none yet.
+    """
+
+    shards: Shards
+    identities: Identities
+    cache: Cache | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExtractPlan:
     """What is to be done, in this order.
 
@@ -137,6 +152,31 @@ class ExtractPlan:
         for part in self.parts:
             kinds.setdefault((part.base, tuple(part.columns)), []).append(part)
         return kinds
+
+
+def look_at(config: RunConfig) -> Prospect:
+    """Shards, teachers and cache of a run, after all that extraction would refuse.
+
+    Raises:
+        UsageError: If there are no shards, weights or layers such as the config names, or its
+            masks are not planned.
+        MismatchError: If the cache was made for another config.
+    """
+    gaps = config.plan_gaps()
+    if gaps:
+        raise UsageError(
+            f"objective asks for masks that `masks` does not plan: {'; '.join(gaps)}; plan them in "
+            "`masks`, or choose others in `objective`"
+        )
+    shards = index_all(config)
+    identities = identify(config)
+    cache = existing_cache(identities.config)
+    if cache is not None:
+        cache.check(identities.base)
+        for column, identity in identities.columns.items():
+            if cache.columns.identity(column) is not None:
+                cache.columns.check(column, identity)
+    return Prospect(shards=shards, identities=identities, cache=cache)
 
 
 def index_all(config: RunConfig) -> Shards:

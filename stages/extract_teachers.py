@@ -19,7 +19,7 @@ from kdhiera.cache.expected import expect_shards
 from kdhiera.config import RunConfig
 from kdhiera.data.shards import ShardIndex
 from kdhiera.devices import resolve_device
-from kdhiera.errors import BadDataError, IncompleteError, UsageError
+from kdhiera.errors import BadDataError, IncompleteError
 from kdhiera.grid import TOKENS_PER_UNIT
 from kdhiera.progress import Progress, human_bytes, human_seconds
 from kdhiera.stages.assemble import columns_of, provenance
@@ -27,10 +27,8 @@ from kdhiera.stages.environment import record_environment
 from kdhiera.stages.extract_plan import (
     ExtractPlan,
     Identities,
-    existing_cache,
     has_commits,
-    identify,
-    index_all,
+    look_at,
     make_plan,
 )
 from kdhiera.stages.extract_worker import Task
@@ -129,21 +127,9 @@ def extract(
         StoppedError: After SIGTERM or SIGINT, at a clean point.
     """
     started = time.monotonic()
-    gaps = config.plan_gaps()
-    if gaps:
-        raise UsageError(
-            f"objective asks for masks that `masks` does not plan: {'; '.join(gaps)}; plan them in "
-            "`masks`, or choose others in `objective`"
-        )
-    shards = index_all(config)
-    identities = identify(config)
+    found = look_at(config)
+    shards, identities, cache = found.shards, found.identities, found.cache
     config = identities.config
-    cache = existing_cache(config)
-    if cache is not None:
-        cache.check(identities.base)
-        for column, identity in identities.columns.items():
-            if cache.columns.identity(column) is not None:
-                cache.columns.check(column, identity)
     if not dry_run and has_commits(config):  # an identity that was lost hides none of them
         cache = _open(config, identities)
     plan = make_plan(config, cache, shards.found)
@@ -157,7 +143,7 @@ def extract(
             probe_versions(config, cache, num_rows=plan.probe)
         expect_shards(cache, {shard.shard_id: shard.path for shard in shards.found})
         failed = _work(config, cache, plan, progress)
-    rows, num_bytes, dense_bytes = _committed(config, cache, shards.found)
+    rows, num_bytes, dense_bytes = committed(config, cache, shards.found)
     summary = ExtractSummary(
         cache=config.cache.dir,
         plan=plan,
@@ -217,12 +203,18 @@ def _work(config: RunConfig, cache: Cache, plan: ExtractPlan, progress: Progress
     return [f"{o.task.name}: {o.error}" for o in outcomes if o.result is None]
 
 
-def _committed(
+def committed(
     config: RunConfig,
     cache: Cache | None,
     shards: Sequence[ShardIndex],
 ) -> tuple[collections.Counter[str], int, int]:
-    """Rows by status, stored bytes and dense fp16 bytes of the config's committed parts."""
+    """Rows by status, stored bytes and dense fp16 bytes of the config's committed parts.
+
+    Args:
+        config: The run.
+        cache: Its cache; None if there is none.
+        shards: Its shards.
+    """
     columns = columns_of(config)
     rows: collections.Counter[str] = collections.Counter()
     num_bytes = dense_bytes = 0

@@ -265,7 +265,7 @@ class PartExtractor:
         )
         for sample, outcome in self._decode(wanted):
             clip = outcome if isinstance(outcome, Clip) else None
-            yield _RowClip(row=_row(sample, outcome), clip=clip)
+            yield _RowClip(row=row_of(sample, outcome), clip=clip)
 
     def _replayed(
         self, task: PartTask, stored: BaseRows, samples: Iterable[Sample]
@@ -380,7 +380,7 @@ def _layers(columns: Mapping[str, tuple[str, str]]) -> dict[str, list[str]]:
     return layers
 
 
-def _row(sample: Sample, outcome: Clip | DecodeFailure) -> Row:
+def row_of(sample: Sample, outcome: Clip | DecodeFailure) -> Row:
     """What is recorded of a sample."""
     if isinstance(outcome, DecodeFailure):
         return Row(

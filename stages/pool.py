@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kdhiera.config import RunConfig
 from kdhiera.devices import resolve_device
 from kdhiera.errors import DamagedError, KdhieraError, StoppedError, UsageError
 from kdhiera.stages.extract_worker import PartExtractor, PartResult, Task
-from kdhiera.stages.ray_session import ray_session
+from kdhiera.stages.ray_session import num_cpus, ray_session
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ def run_on_ray(
     `extract.max_attempts` times; the other tasks go on.
     """
     with ray_session(config.ray):
-        _require_room(config)
+        _require_room(config, _num_fitting(config))
         pool = _Pool(config, num_tasks=len(tasks), on_counts=on_counts)
         try:
             yield from pool.run(tasks, stop)
@@ -88,17 +90,42 @@ def _uses_gpu(config: RunConfig) -> bool:
     return resolve_device(config.extract.device).type == "cuda"
 
 
+def num_workers(config: RunConfig) -> int:
+    """Workers that extraction will have if there are parts enough; joins a cluster to know.
+
+    Raises:
+        UsageError: If the cluster cannot be reached, or no worker fits.
+    """
+    if not config.ray.enabled:
+        return 1
+    if config.ray.address is None:
+        _require_room(config, here := num_here(config))
+        return min(config.extract.num_actors or here, here)
+    with ray_session(config.ray):
+        _require_room(config, fitting := _num_fitting(config))
+        return min(config.extract.num_actors or fitting, fitting)
+
+
+def num_here(config: RunConfig) -> int:
+    """Actors that this machine has room for."""
+    return _fitting(config, cpus=num_cpus(), gpus=torch.cuda.device_count())
+
+
 def _num_fitting(config: RunConfig) -> int:
     """Actors that the cluster has room for."""
     import ray
 
     have = ray.cluster_resources()
-    by_cpu = int(have.get("CPU", 0) // config.extract.cpus_per_actor)
-    return min(by_cpu, int(have.get("GPU", 0))) if _uses_gpu(config) else by_cpu
+    return _fitting(config, cpus=have.get("CPU", 0), gpus=have.get("GPU", 0))
 
 
-def _require_room(config: RunConfig) -> None:
-    if _num_fitting(config) < 1:
+def _fitting(config: RunConfig, *, cpus: float, gpus: float) -> int:
+    by_cpu = int(cpus // config.extract.cpus_per_actor)
+    return min(by_cpu, int(gpus)) if _uses_gpu(config) else by_cpu
+
+
+def _require_room(config: RunConfig, fitting: int) -> None:
+    if fitting < 1:
         kind = " and a GPU" if _uses_gpu(config) else ""
         raise UsageError(
             f"no actor fits the Ray cluster: one needs {config.extract.cpus_per_actor} CPUs{kind}; "

@@ -37,6 +37,12 @@ def ray_session(config: RayConfig) -> Iterator[None]:
             ray.shutdown()
 
 
+def num_cpus() -> int:
+    """CPUs that Ray gets where it is started on this machine."""
+    found = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
+    return found or 1
+
+
 def _set_environment(config: RayConfig) -> None:
     """What Ray reads when it is imported: a token for every caller, no usage reports."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -57,8 +63,7 @@ def _connect(config: RayConfig) -> None:
         if config.address is not None:
             ray.init(address=config.address, **quiet)
         else:
-            cpus = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
-            ray.init(address="local", include_dashboard=False, num_cpus=cpus, **quiet)
+            ray.init(address="local", include_dashboard=False, num_cpus=num_cpus(), **quiet)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise UsageError(

@@ -112,19 +112,19 @@ def parse_kinds(words: Sequence[str]) -> tuple[Kind, ...]:
 def show(
     config: RunConfig,
     *,
-    kinds: Sequence[Kind],
-    num_clips: int,
-    folder: Path | None,
     progress: Progress,
+    kinds: Sequence[Kind] = tuple(Kind),
+    num_clips: int = 2,
+    folder: Path | None = None,
 ) -> ShowSummary:
     """Draw a run and write the pictures as PNG.
 
     Args:
         config: The run.
+        progress: Where progress is shown.
         kinds: What to draw; a kind without material is left out, and the log says why.
         num_clips: Pictures of clips.
         folder: Where they go; None means `pictures/` in the run folder.
-        progress: Where progress is shown.
 
     Raises:
         UsageError: If nothing that was asked for can be drawn.

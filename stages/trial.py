@@ -29,6 +29,9 @@ def trial_identity(run: PlannedRun) -> str:
     plain = run.config.model_dump(mode="json")
     for name in ("name", "run_dir", "extract", "ray", "decode"):
         del plain[name]
+    del plain["data"]["licence"]
+    for teacher in plain["teachers"].values():
+        del teacher["licence"]
     plain["cache"] = {k: plain["cache"][k] for k in ("encoding", "compact_error", "mode")}
     for name in FREE_SETTINGS:
         del plain["train"][name]

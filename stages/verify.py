@@ -111,21 +111,21 @@ class _Recompute:
 def check_cache(
     url: str,
     *,
-    config: RunConfig | None,
-    sources: bool,
-    recompute: int,
-    repair: bool,
     progress: Progress,
+    config: RunConfig | None = None,
+    sources: bool = False,
+    recompute: int = 0,
+    repair: bool = False,
 ) -> CacheReport:
     """Verify a cache, and repair it if asked to.
 
     Args:
         url: Folder or address of the cache.
+        progress: Where progress is shown.
         config: The run that the cache was named by; None for a folder or address.
         sources: Whether to look at the shards too.
         recompute: Rows of every column to make again; 0 makes none.
         repair: Remove the commits of what is damaged.
-        progress: Where progress is shown.
 
     Raises:
         UsageError: If there is no cache, or rows are to be made again without a config.

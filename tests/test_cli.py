@@ -20,6 +20,7 @@ COMMANDS = [
     ["init"],
     ["doctor"],
     ["extract-teachers"],
+    ["plan"],
     ["distill"],
     ["evaluate"],
     ["show"],

@@ -24,6 +24,7 @@ run_app = typer.Typer()
 class Form(StrEnum):
     """What loads an export."""
 
+    TIMM = "timm"
     HIERA = "hiera"
 
 
@@ -57,6 +58,36 @@ def extract_teachers(
             dry_run=dry_run,
             on_plan=lambda plan: typer.echo(plan.describe(), err=as_json),
         )
+    emit(summary, summary.describe, as_json)
+
+
+@command(
+    "plan",
+    "kdhiera plan configs/demo.yaml",
+    "kdhiera plan configs/demo.yaml cache.encoding=compact views.num=3",
+    "kdhiera plan configs/demo.yaml --clips 64 --json",
+    to=run_app,
+)
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    clips: Annotated[
+        int, typer.Option("--clips", min=4, max=100_000, help="Clips that are tried.")
+    ] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Try a few clips and say what the run will take: bytes, hours, free space, break-even.
+
+    Decodes them, runs every teacher, stores them in every encoding and takes a few optimiser
+    steps, all in a temporary folder: cache and run are left alone. docs/plan.md says how to
+    read it.
+    """
+    run = load(config, overrides)
+    from kdhiera.progress import make_progress
+    from kdhiera.stages.plan import plan_run
+
+    with make_progress() as progress:
+        summary = plan_run(run, num_clips=clips, progress=progress)
     emit(summary, summary.describe, as_json)
 
 
@@ -161,7 +192,8 @@ def show(
 
 @command(
     "export",
-    "kdhiera export configs/demo.yaml --to hiera",
+    "kdhiera export configs/demo.yaml",
+    "kdhiera export configs/demo.yaml --out /models/hiera-nano",
     "kdhiera export configs/demo.yaml --to hiera --out hiera_nano.pth",
     to=run_app,
 )
@@ -169,18 +201,28 @@ def export(
     config: Config,
     overrides: Overrides = None,
     to: Annotated[
-        Form, typer.Option("--to", help="hiera: a checkpoint that the original Hiera loads.")
-    ] = Form.HIERA,
+        Form,
+        typer.Option(
+            "--to",
+            help="timm: a folder that timm.create_model loads; hiera: a checkpoint that the "
+            "original Hiera loads.",
+        ),
+    ] = Form.TIMM,
     out: Annotated[
-        Path | None, typer.Option("--out", help="File; by default the run's export/hiera.pth.")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder (timm) or file (hiera); by default the run's export/ and "
+            "export/hiera.pth.",
+        ),
     ] = None,
 ) -> None:
-    """Write the trained student in another form than the run's export/, which timm loads."""
+    """Write the trained student for others, its model card with what was measured meanwhile."""
     run = load(config, overrides)
-    from kdhiera.stages.export import export_original
+    from kdhiera.stages.export import export_original, export_timm
 
-    assert to is Form.HIERA
-    typer.echo(str(export_original(run, out)))
+    write = export_timm if to is Form.TIMM else export_original
+    typer.echo(str(write(run, out)))
 
 
 @command(

@@ -18,7 +18,13 @@ from kdhiera.views import ViewPolicy
 
 
 class RunConfig(Section):
-    """A whole run; the sections are documented at their classes."""
+    """A whole run.
+
+    Attributes:
+        name: Of the run, in reports and on its model card.
+        run_dir: Folder of the run: checkpoints, metrics, export, results. The cache has one of its
+            own, `cache.dir`.
+    """
 
     name: Name
     run_dir: str

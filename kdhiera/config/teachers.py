@@ -31,6 +31,7 @@ class TeacherConfig(Section):
             `torch.compile` (those with CUDA graphs reuse the memory of results).
         mean: Colour means to normalise with; None takes the model's own.
         std: Their standard deviations.
+        licence: Of its weights, for the model card of an export; decides nothing.
     """
 
     kind: Literal["timm", "transformers", "pixels", "hog", "module"]
@@ -44,6 +45,7 @@ class TeacherConfig(Section):
     compile: bool | Literal["default", "max-autotune-no-cudagraphs"] = False
     mean: Colour | None = None
     std: Colour | None = None
+    licence: str | None = None
 
     @model_validator(mode="before")
     @classmethod

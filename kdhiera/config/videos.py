@@ -19,11 +19,13 @@ class DataConfig(Section):
         video_extensions: Members with these extensions are videos.
         max_bad_fraction: Extraction stops when more than this share of the rows (a sample in
             a view) is bad, 20 rows seen at least.
+        licence: Of the videos, for the model card of an export; decides nothing.
     """
 
     shards: tuple[str, ...]
     video_extensions: tuple[str, ...] = ("mp4", "avi", "mkv", "webm", "mov", "mpg", "mpeg", "m4v")
     max_bad_fraction: Fraction = 0.1
+    licence: str | None = None
 
     @field_validator("shards", mode="before")
     @classmethod
@@ -32,7 +34,13 @@ class DataConfig(Section):
 
 
 class ClipConfig(Section):
-    """Size of a clip in frames and pixels; see `kdhiera.grid`."""
+    """Size of a clip; see `kdhiera.grid`.
+
+    Attributes:
+        num_frames: Frames, even: two make a slot.
+        height: Pixels, a multiple of 32.
+        width: Pixels, a multiple of 32.
+    """
 
     num_frames: int = 16
     height: int = 224

@@ -1,8 +1,11 @@
 """A trained student as three files that timm and safetensors alone can load.
 
-config.json         kind of student, arguments of its timm class, clip size, pixel scaling
+config.json         architecture and arguments for timm, clip size, pixels, where it comes from
 model.safetensors   its weights, float32
-README.md           what it is and how to load it
+README.md           the model card: how to load it, what made it, what it was measured at
+
+After `import kdhiera`, `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it; without
+kdhiera the timm class that `config.json` names does.
 
 `export_hiera` writes one file that the original Hiera loads instead.
 """
@@ -29,6 +32,7 @@ from kdhiera.student.base import IMAGENET_MEAN, IMAGENET_STD, Student
 from kdhiera.student.card import model_card
 from kdhiera.student.hiera import HieraStudent, hiera_args
 from kdhiera.student.official import CLIP, STATE, official_names
+from kdhiera.student.timm_models import hiera_cfg, hiera_name, vit_cfg, vit_name
 from kdhiera.student.vit import VitStudent, vit_args
 
 CONFIG = "config.json"
@@ -47,6 +51,7 @@ def export(
     *,
     name: str,
     provenance: Mapping[str, Any],
+    measured: str = "",
 ) -> None:
     """Write a student's backbone for others to load.
 
@@ -56,6 +61,7 @@ def export(
         folder: Created if needed; files of an earlier export are replaced.
         name: Title of the model card.
         provenance: JSON values that say where the weights come from (teachers, data, run).
+        measured: What an evaluation of them found, in Markdown; empty if there was none.
     """
     grid = student.grid
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,18 +72,14 @@ def export(
         **_built_as(student, config),
         CLIP: _clip(grid),
         "size": config.size,
+        "name": name,
+        "num_features": student.num_features,
+        "parameters": sum(value.numel() for value in weights.values()),
         "provenance": {"kdhiera": __version__, **provenance},
     }
-    card = model_card(
-        student,
-        name=name,
-        size=config.size,
-        parameters=sum(value.numel() for value in weights.values()),
-        provenance=content["provenance"],
-    )
     write_atomic(folder / WEIGHTS, save(weights))
-    write_atomic(folder / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
-    write_atomic(folder / CARD, card.encode())
+    _write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+    _write_text(folder / CARD, model_card(content, measured=measured))
 
 
 def export_hiera(student: HieraStudent, path: Path) -> None:
@@ -118,6 +120,25 @@ def load_exported(
         UsageError: If a file is missing.
         DamagedError: If a file cannot be read, or weights and config do not belong together.
     """
+    content = read_config(folder)
+    try:
+        student = _empty(content, Grid(**content[CLIP]), q_pool, drop_path)
+        student.backbone.load_state_dict(load((folder / WEIGHTS).read_bytes()))
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise _damaged(folder, error) from error
+    return student.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What the `config.json` of an export says.
+
+    Args:
+        folder: Where `export` wrote.
+
+    Raises:
+        UsageError: If a file is missing.
+        DamagedError: If it is no JSON.
+    """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UsageError(
@@ -125,15 +146,22 @@ def load_exported(
                 f"{CONFIG} and {WEIGHTS})"
             )
     try:
-        content = json.loads((folder / CONFIG).read_text())
-        student = _empty(content, Grid(**content[CLIP]), q_pool, drop_path)
-        student.backbone.load_state_dict(load((folder / WEIGHTS).read_bytes()))
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DamagedError(
-            f"the export in {folder} cannot be loaded ({reason}): export the run again"
-        ) from error
-    return student.eval()
+        content: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise _damaged(folder, error) from error
+    return content
+
+
+def _damaged(folder: Path, error: Exception) -> DamagedError:
+    reason = " ".join(str(error).split())[:200]
+    return DamagedError(
+        f"the export in {folder} cannot be loaded ({reason}): run `kdhiera distill` "
+        "again, which exports the run from its last checkpoint"
+    )
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomic(path, text.encode())
 
 
 def _built_as(student: Student, config: StudentConfig) -> dict[str, Any]:
@@ -141,12 +169,16 @@ def _built_as(student: Student, config: StudentConfig) -> dict[str, Any]:
     pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     if isinstance(student, VitStudent):
         return {
-            "architecture": "timm.models.vision_transformer.VisionTransformer",
+            "architecture": vit_name(config.size),
+            "class": "timm.models.vision_transformer.VisionTransformer",
+            "pretrained_cfg": vit_cfg(student.grid),
             "model_args": vit_args(config, student.grid),
             "pixels": {"layout": _VIT_PIXELS, **pixels},
         }
     return {
-        "architecture": "timm.models.hiera.Hiera",
+        "architecture": hiera_name(config.size),
+        "class": "timm.models.hiera.Hiera",
+        "pretrained_cfg": hiera_cfg(student.grid),
         "model_args": hiera_args(config, student.grid, q_pool=student.backbone.q_pool),
         "pixels": {"layout": _HIERA_PIXELS, **pixels},
     }

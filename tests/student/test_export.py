@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import yaml
 from einops import rearrange
 from safetensors.torch import load_file
 
@@ -16,6 +18,28 @@ from kdhiera.student.build import build_student
 from kdhiera.student.export import export, load_exported
 
 GRID = Grid(num_frames=4, height=64, width=96)
+PROVENANCE = {
+    "teachers": {
+        "image": {
+            "kind": "timm",
+            "model": "vit_small_patch14_dinov2",
+            "weights": "image.safetensors",
+            "weights_sha256": "0123456789abcdef" * 4,
+            "layers": ["6", "9"],
+            "weight": 1.0,
+            "licence": "CC-BY-NC-4.0",
+        }
+    },
+    "data": {
+        "shards": ["videos-*.tar"],
+        "licence": None,
+        "coverage": "24 of 25 samples",
+        "views": 2,
+        "steps": 30,
+        "batch_size": 8,
+        "masks": "attention masks at ratio 0.8",
+    },
+}
 
 
 @pytest.fixture(params=["hiera", "vit"])
@@ -36,7 +60,7 @@ def student(config: StudentConfig) -> Student:
 @pytest.fixture
 def folder(tmp_path: Path, student: Student, config: StudentConfig) -> Path:
     target = tmp_path / "run" / "export"
-    export(student, config, target, name="a student", provenance={"teachers": ["image"]})
+    export(student, config, target, name="a student", provenance=PROVENANCE, measured="| 42 % |")
     return target
 
 
@@ -54,7 +78,7 @@ def pairs(layout: str) -> dict[str, int]:
 @torch.no_grad()
 def test_timm_builds_it_from_the_files_alone(folder: Path, student: Student) -> None:
     config = json.loads((folder / "config.json").read_text())
-    module, _, name = config["architecture"].rpartition(".")
+    module, _, name = config["class"].rpartition(".")
     model = getattr(importlib.import_module(module), name)(**config["model_args"])
     model.load_state_dict(load_file(folder / "model.safetensors"))
     layout = config["pixels"]["layout"]
@@ -80,21 +104,67 @@ def test_q_pool_3_loads_strictly_and_is_nothing_to_a_vit(folder: Path, kind: str
     assert loaded.features(clips()).shape == (2, loaded.num_features)
 
 
+@torch.no_grad()
+def test_timm_loads_it_by_name(folder: Path, student: Student) -> None:
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    layout = json.loads((folder / "config.json").read_text())["pixels"]["layout"]
+    frames = "(t f)" if "f" in layout else "t"
+    x = rearrange(normalise_pixels(clips()), f"b {frames} h w c -> {layout}", **pairs(layout))
+    assert torch.equal(model(x), student.backbone(x))
+    assert getattr(model, "q_pool", 2) == getattr(student.backbone, "q_pool", 2)
+    assert torch.equal(model.forward_features(x), student.backbone.forward_features(x))
+    classifier = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5).eval()
+    assert classifier(x).shape == (2, 5)
+    torch.testing.assert_close(
+        classifier.forward_head(classifier.forward_features(x)), classifier(x)
+    )
+    weights = classifier.state_dict()
+    assert all(torch.equal(v, weights[k]) for k, v in student.backbone.state_dict().items())
+
+
+@torch.no_grad()
+def test_timm_gives_features_of_stages(folder: Path, student: Student, kind: str) -> None:
+    """Of the Hiera: what its taps are, with every unit shown, on the grid of each stage."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
+    if kind == "vit":
+        x = torch.zeros(2, 6, 2 * 64, 96)
+        assert [f.shape for f in model(x)] == [(2, 192, 2 * 4, 6)] * 3
+        return
+    x = rearrange(normalise_pixels(clips()), "b t h w c -> b c t h w")
+    found = model(x)
+    assert [tuple(f.shape[1:]) for f in found] == [
+        (channels, 2, 64 // reduction, 96 // reduction)
+        for channels, reduction in zip(
+            model.feature_info.channels(), model.feature_info.reduction(), strict=True
+        )
+    ]
+    dense = student.dense(clips())
+    torch.testing.assert_close(found[-1].movedim(1, -1), dense, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("block", [0, 1])
 def test_the_model_card_runs(
-    folder: Path, student: Student, monkeypatch: pytest.MonkeyPatch
+    folder: Path, student: Student, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     """On a clip of noise in place of its black one, so that the order of pixels counts."""
     card = (folder / "README.md").read_text()
-    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
-    assert code is not None
+    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[block]
     monkeypatch.chdir(folder)
     names: dict[str, torch.Tensor] = {}
     torch.save(clips()[:1], "noise.pt")
-    lines = re.sub(r"clips = torch.zeros\(.*", 'clips = torch.load("noise.pt")', code.group(1))
-    exec(lines, names)
+    exec(re.sub(r"clips = torch.zeros\(.*", 'clips = torch.load("noise.pt")', code), names)
     wanted = student.features(clips()[:1])
     torch.testing.assert_close(names["features"], wanted, atol=1e-5, rtol=1e-4)
-    assert '"teachers": [\n    "image"\n  ]' in card
+
+
+def test_the_model_card_says_what_made_it(folder: Path, kind: str) -> None:
+    card = (folder / "README.md").read_text()
+    assert "| image | vit_small_patch14_dinov2 | 6, 9 | 1 | image.safetensors | 0123456789" in card
+    assert "- `videos-*.tar`\n\nTrained on 24 of 25 samples, for 30 steps of 8 clips" in card
+    assert "## Measured\n\n| 42 % |" in card
+    assert "- teacher image: CC-BY-NC-4.0\n- data: not stated" in card
+    assert ("`q_pool=2`" in card) == (kind == "hiera")
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "timm"
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -107,7 +177,7 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 def test_cut_weights_are_an_error(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DamagedError, match="export the run again"):
+    with pytest.raises(DamagedError, match="kdhiera distill"):
         load_exported(folder)
 
 
