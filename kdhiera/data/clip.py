@@ -127,6 +127,80 @@ class DecodeFailure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VideoInfo:
+    """What a video is, as far as it shows when one frame is decoded.
+
+    Args:
+        container: FFmpeg's demuxer.
+        codec: FFmpeg's decoder.
+        pix_fmt: Pixel format of the decoded frames.
+        height: Pixels of the upright frame.
+        width: Pixels of the upright frame.
+        num_frames: Frames that are shown.
+        pts_seconds: Time of every shown frame after the first one.
+        start_seconds: Time of the first shown frame on the container's clock.
+        upright: Whether frames are stored as they are shown: not turned, not mirrored.
+        closed: Whether no frame is decoded after a key frame and shown before it.
+        num_packets: Packets of the stream, those of hidden frames included.
+        num_key_frames: Packets that are called key frames.
+    """
+
+    container: str
+    codec: str
+    pix_fmt: str
+    height: int
+    width: int
+    num_frames: int
+    pts_seconds: tuple[float, ...]
+    start_seconds: float
+    upright: bool
+    closed: bool
+    num_packets: int
+    num_key_frames: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookRequest:
+    """A video to be looked at closely, frame by frame.
+
+    Args:
+        indices: Frames to decode, each by itself; None takes some from all over the video.
+    """
+
+    indices: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameLook:
+    """How one frame decodes by itself.
+
+    Args:
+        index: Position among the frames that are shown.
+        flaw: Why it cannot be had; empty if it can.
+    """
+
+    index: int
+    flaw: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What there is to say of a video.
+
+    Args:
+        info: What it is; None if that cannot be told.
+        failure: Why not.
+        frames: The frames that were asked for.
+        said: What FFmpeg warned of, one printable line each.
+    """
+
+    info: VideoInfo | None
+    failure: DecodeFailure | None
+    frames: tuple[FrameLook, ...]
+    said: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Turn:
     """How a stored frame becomes upright: one of the eight turns and mirrors of a square.
 

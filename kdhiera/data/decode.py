@@ -16,16 +16,23 @@ from kdhiera.data.clip import (
     Clip,
     ClipError,
     ClipRequest,
+    DecodeFailure,
     DecodeLimits,
     Frame,
+    FrameLook,
     Frames,
+    Look,
+    LookRequest,
+    VideoInfo,
     checksum,
     crop_resize,
+    shown,
 )
-from kdhiera.data.video import Video, VideoInfo, damaged, open_video
+from kdhiera.data.video import Video, damaged, open_video
 from kdhiera.errors import UsageError
 from kdhiera.views import ClipView, RowStatus, TooShortError, ViewPolicy, draw_view
 
+_LOOKED_AT = 16  # frames of a video that is looked at
 _DECORD_CONTAINERS = ("mov", "matroska")
 
 
@@ -124,6 +131,44 @@ def decode_clip(data: bytes, request: ClipRequest, limits: DecodeLimits) -> Clip
             decoder="pyav" if backend == "auto" else backend,
             crc32c=checksum(frames),
         )
+
+
+def look(data: bytes, request: LookRequest, limits: DecodeLimits) -> Look:
+    """Say what a video is, how some of its frames decode, and what FFmpeg warns of meanwhile.
+
+    Args:
+        data: The whole encoded video.
+        request: Which frames.
+        limits: Bounds; the backend is PyAV whatever they say.
+    """
+    said: list[str] = []
+    info: VideoInfo | None = None
+    failure: DecodeFailure | None = None
+    frames: list[FrameLook] = []
+    try:
+        with open_video(data, limits, said=said) as video:
+            info = video.info
+            indices = request.indices or _spread(info.num_frames)
+            frames += [FrameLook(index=i, flaw=_flaw(video, i)) for i in indices]
+    except ClipError as error:
+        failure = DecodeFailure(status=error.status, message=error.message)
+    lines = tuple(shown(line) for line in said)
+    return Look(info=info, failure=failure, frames=tuple(frames), said=lines)
+
+
+def _spread(num_frames: int) -> list[int]:
+    """Some frames from the first to the last."""
+    count = min(_LOOKED_AT, num_frames)
+    return [i * (num_frames - 1) // max(count - 1, 1) for i in range(count)]
+
+
+def _flaw(video: Video, index: int) -> str:
+    """Why a frame cannot be had by itself; empty if it can."""
+    try:
+        found = [number for number, _ in video.frames([index])]
+    except ClipError as error:
+        return error.message
+    return "" if found else "it never comes out of the decoder"
 
 
 def _draw(info: VideoInfo, request: ClipRequest, there: Sequence[int]) -> ClipView:

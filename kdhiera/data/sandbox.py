@@ -26,9 +26,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from kdhiera.data import wire
-from kdhiera.data.clip import Clip, ClipError, ClipRequest, DecodeFailure, DecodeLimits, shown
+from kdhiera.data.clip import (
+    Clip,
+    ClipError,
+    ClipRequest,
+    DecodeFailure,
+    DecodeLimits,
+    Look,
+    LookRequest,
+    shown,
+)
 from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.views import RowStatus
 
@@ -38,11 +48,15 @@ _PR_SET_PDEATHSIG = 1
 _INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR")
 
 
+_Request = ClipRequest | LookRequest
+_Outcome = Clip | Look | DecodeFailure
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Job:
     data: bytes
-    request: ClipRequest
-    future: Future[Clip | DecodeFailure]
+    request: _Request
+    future: Future[Any]  # of a clip or a look, as was asked for, or of a failure
 
 
 class _LostError(Exception):
@@ -107,7 +121,27 @@ class Sandbox:
         Raises:
             RuntimeError: If the pool is closed.
         """
-        future: Future[Clip | DecodeFailure] = Future()
+        return self._queue(data, request)
+
+    def look(self, data: bytes, request: LookRequest) -> Look | DecodeFailure:
+        """Have a video looked at, and wait for it.
+
+        Args:
+            data: The whole encoded video.
+            request: Which frames of it.
+
+        Returns:
+            What there is to say, or why a child could not say it.
+
+        Raises:
+            KdhieraError: If children do not start.
+            RuntimeError: If the pool is closed.
+        """
+        looked: Look | DecodeFailure = self._queue(data, request).result()
+        return looked
+
+    def _queue(self, data: bytes, request: _Request) -> Future[Any]:
+        future: Future[Any] = Future()
         with self._lock:
             if self._closed:
                 raise RuntimeError("the sandbox is closed")
@@ -142,9 +176,7 @@ class Sandbox:
                 job.future.set_result(result)
         self._drop(child)
 
-    def _decode(
-        self, child: _Child | None, job: _Job
-    ) -> tuple[_Child | None, Clip | DecodeFailure]:
+    def _decode(self, child: _Child | None, job: _Job) -> tuple[_Child | None, _Outcome]:
         """Decode a job, starting a child where there is none that can."""
         tried = False
         while True:
@@ -221,8 +253,8 @@ class _Child:
         """Whether the process ended since the last clip."""
         return self.process.poll() is not None
 
-    def ask(self, data: bytes, request: ClipRequest, limits: DecodeLimits) -> Clip | DecodeFailure:
-        """Have one clip decoded.
+    def ask(self, data: bytes, request: _Request, limits: DecodeLimits) -> _Outcome:
+        """Have one clip decoded, or one video looked at.
 
         Raises:
             _LostError: If the child hangs, dies or talks nonsense.
@@ -232,8 +264,9 @@ class _Child:
             wire.send(self._link, wire.pack_request(request, limits), data)
             fields, payload = wire.receive(self._link, limits.deadline_seconds)
             if "status" in fields:
-                status = RowStatus(fields["status"])
-                return DecodeFailure(status=status, message=shown(str(fields["message"])))
+                return wire.unpack_failure(fields)
+            if isinstance(request, LookRequest):
+                return wire.unpack_look(payload)
             return wire.unpack_clip(fields, payload, request.policy)
         except TimeoutError as error:
             words = f"no clip after decode.deadline_seconds ({limits.deadline_seconds:g} s)"
@@ -267,12 +300,14 @@ def serve(link: socket.socket) -> None:
     Args:
         link: The child's end of the socket pair.
     """
-    from kdhiera.data.decode import decode_clip  # the parent never loads a decoder
+    from kdhiera.data.decode import decode_clip, look  # the parent never loads a decoder
 
     def answer() -> tuple[wire.Fields, bytes]:
         try:
             fields, data = wire.receive(link, None)
             request, limits = wire.unpack_request(fields)
+            if isinstance(request, LookRequest):
+                return wire.pack_look(look(data, request, limits))
             return wire.pack_clip(decode_clip(data, request, limits))
         except wire.WireError:
             raise

@@ -13,6 +13,7 @@ is none. All of it is PyAV; a second decoder (`kdhiera.data.decode`) borrows the
 
 from __future__ import annotations
 
+import itertools
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,14 @@ from av.sidedata.sidedata import SideData
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from kdhiera.data.clip import ClipError, DecodeLimits, Frame, Turn, read_display_matrix
+from kdhiera.data.clip import (
+    ClipError,
+    DecodeLimits,
+    Frame,
+    Turn,
+    VideoInfo,
+    read_display_matrix,
+)
 from kdhiera.data.containers import sniff
 from kdhiera.data.demux import open_file, order_by_time, over, read_packets, video_stream
 from kdhiera.data.h264 import is_disposable, length_bytes
@@ -43,37 +51,9 @@ _HARMLESS = ("A non-intra slice in an IDR NAL unit",)
 # What h264's decoder says of a stream that was cut out of a longer one and begins with a picture
 # that needs nothing before it: a number is not the expected one, what to forget is not known.
 _AT_A_CUT, _AFTER_A_CUT = "Frame num gap", "mmco: unref short failure"
+_MOST_LINES = 1000
 _MISS_REFERENCES = ("h264", "hevc")  # their decoders say so where a reference is not there
 _TOO_LARGE = re.compile(r"exceeds specified max pixel|Picture size \d{4,}x\d{4,} is invalid")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoInfo:
-    """What a video is, as far as it shows when one frame is decoded.
-
-    Args:
-        container: FFmpeg's demuxer.
-        codec: FFmpeg's decoder.
-        pix_fmt: Pixel format of the decoded frames.
-        height: Pixels of the upright frame.
-        width: Pixels of the upright frame.
-        num_frames: Frames that are shown.
-        pts_seconds: Time of every shown frame after the first one.
-        start_seconds: Time of the first shown frame on the container's clock.
-        upright: Whether frames are stored as they are shown: not turned, not mirrored.
-        closed: Whether no frame is decoded after a key frame and shown before it.
-    """
-
-    container: str
-    codec: str
-    pix_fmt: str
-    height: int
-    width: int
-    num_frames: int
-    pts_seconds: tuple[float, ...]
-    start_seconds: float
-    upright: bool
-    closed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +70,19 @@ class Video:
         data: The whole encoded video.
         limits: Bounds on what it may be.
         salvage: Take a file that is cut short for what is left of it.
+        said: Takes FFmpeg's warnings while decoding.
 
     Raises:
         ClipError: `decode_error` or `decode_limit`.
         av.error.FFmpegError: If FFmpeg cannot read the file.
     """
 
-    def __init__(self, data: bytes, limits: DecodeLimits, *, salvage: bool = False) -> None:
+    def __init__(
+        self, data: bytes, limits: DecodeLimits, *, salvage: bool, said: list[str]
+    ) -> None:
         self.data = data
         self._limits = limits
+        self._said = said
         self._errors: list[str] = []
         self._file = open_file(data, limits)
         try:
@@ -154,6 +138,8 @@ class Video:
             start_seconds=start,
             upright=self._turn == Turn(),
             closed=all(self._entry(packet) == self._key(packet) for packet in self._order),
+            num_packets=len(self._packets),
+            num_key_frames=len(self._keys),
         )
 
     def _seconds(self, stream: VideoStream) -> tuple[float, tuple[float, ...]]:
@@ -218,6 +204,7 @@ class Video:
                     self._errors.append(_words(error, log))
             if _is_too_large(log):
                 raise over("a frame has more pixels", "max_frame_pixels", self._limits)
+            _note(self._said, log)
             lines = [line for line in _lines(log) if not line.startswith(harmless)]
             if (
                 number == 0
@@ -333,13 +320,16 @@ class Video:
 
 
 @contextmanager
-def open_video(data: bytes, limits: DecodeLimits, *, salvage: bool = False) -> Iterator[Video]:
+def open_video(
+    data: bytes, limits: DecodeLimits, *, salvage: bool = False, said: list[str] | None = None
+) -> Iterator[Video]:
     """A demuxed video to decode from; what FFmpeg raises meanwhile is put in words.
 
     Args:
         data: The whole encoded video.
         limits: Bounds on what it may be.
         salvage: Take a file that is cut short for what is left of it.
+        said: Takes FFmpeg's warnings.
 
     Yields:
         The video, open until the block ends.
@@ -350,8 +340,12 @@ def open_video(data: bytes, limits: DecodeLimits, *, salvage: bool = False) -> I
     level, skip_repeated = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.DEBUG)
     av.logging.set_skip_repeated(False)
+    said = [] if said is None else said
     try:
-        with Capture() as log, closing(Video(data, limits, salvage=salvage)) as video:
+        with (
+            Capture() as log,
+            closing(Video(data, limits, salvage=salvage, said=said)) as video,
+        ):
             yield video
     except ClipError as error:
         if error.status is RowStatus.DECODE_ERROR and _is_too_large(log):  # and so not opened
@@ -363,6 +357,7 @@ def open_video(data: bytes, limits: DecodeLimits, *, salvage: bool = False) -> I
     except FFmpegError as error:
         raise ClipError(RowStatus.DECODE_ERROR, _words(error, log)) from error
     finally:
+        _note(said, log)
         av.logging.set_level(level)
         av.logging.set_skip_repeated(skip_repeated)
 
@@ -384,6 +379,16 @@ def inspect(data: bytes, limits: DecodeLimits) -> VideoInfo:
 def _same_picture(one: VideoFrame, other: VideoFrame) -> bool:
     """Whether two frames that are both still held share their pixels."""
     return one.planes[0].buffer_ptr == other.planes[0].buffer_ptr
+
+
+def _note(said: list[str], log: Sequence[tuple[int, str, str]]) -> None:
+    """Keep what FFmpeg warned of, as far as it can be read by people."""
+    lines = (
+        f"{name}: {message.strip()}"
+        for level, name, message in log
+        if level <= av.logging.WARNING or message.startswith(_DAMAGE)
+    )
+    said += itertools.islice(lines, _MOST_LINES - len(said)) if len(said) < _MOST_LINES else ()
 
 
 def _lines(log: Sequence[tuple[int, str, str]]) -> list[str]:
