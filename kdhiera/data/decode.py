@@ -33,6 +33,7 @@ from kdhiera.errors import UsageError
 from kdhiera.views import ClipView, RowStatus, TooShortError, ViewPolicy, draw_view
 
 _LOOKED_AT = 16  # frames of a video that is looked at
+_NEVER = "it never comes out of the decoder"
 _DECORD_CONTAINERS = ("mov", "matroska")
 
 
@@ -122,7 +123,7 @@ def decode_clip(data: bytes, request: ClipRequest, limits: DecodeLimits) -> Clip
             view = _draw(video.info, request, there)
             frames, missing = _fill(decode, video, view, request.policy)
         if missing:
-            raise damaged(min(missing), "it never comes out of the decoder")
+            raise damaged(min(missing), _NEVER)
         return Clip(
             frames=frames,
             view=view,
@@ -168,7 +169,7 @@ def _flaw(video: Video, index: int) -> str:
         found = [number for number, _ in video.frames([index])]
     except ClipError as error:
         return error.message
-    return "" if found else "it never comes out of the decoder"
+    return "" if found else damaged(index, _NEVER).message
 
 
 def _draw(info: VideoInfo, request: ClipRequest, there: Sequence[int]) -> ClipView:
@@ -208,7 +209,7 @@ def _decodable(decode: Decoder, video: Video, view: ClipView) -> ClipView:
         except ClipError as error:
             flaw = flaw or error
     if not there:
-        raise flaw or damaged(view.frame_indices[0], "it never comes out of the decoder")
+        raise flaw or damaged(view.frame_indices[0], _NEVER)
     return replace(view, frame_indices=tuple(there))
 
 

@@ -226,7 +226,7 @@ def texts(address: str = "http://127.0.0.1:9/x.ts") -> dict[str, bytes]:
 
 
 def _hanging() -> bytes:
-    return (Path(__file__).parent / "decord_hang.mp4").read_bytes()
+    return (Path(__file__).parent / "data" / "decord_hang.mp4").read_bytes()
 
 
 def _base(**settings: object) -> bytes:
