@@ -70,9 +70,7 @@ def usual_odd(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def config_of(usual_odd: dict[str, Any], tmp_path: Path) -> Callable[..., RunConfig]:
-    return lambda name="odd", **sections: load(
-        write_config(tmp_path, usual_odd, name, **sections)
-    )
+    return lambda name="odd", **sections: load(write_config(tmp_path, usual_odd, name, **sections))
 
 
 def mood(folder: Path, text: str) -> None:
