@@ -52,7 +52,7 @@ class DecodeLimits:
     """What one video may cost, and who decodes it.
 
     Args:
-        backend: `auto` (decord where it can be trusted, else PyAV), `decord` or `pyav`.
+        backend: `auto` (which is PyAV), `pyav`, `decord` or `torchcodec`.
         deadline_seconds: Wall time of one clip, start-up of a child apart.
         max_frame_pixels: Height times width of a frame.
         max_duration_seconds: Of the video, claimed or real.

@@ -87,6 +87,7 @@ class Video:
         self._file = open_file(data, limits)
         try:
             stream = video_stream(self._file)
+            self.stream_index = stream.index
             self._codec = stream.codec_context
             self._packets = read_packets(self._file, stream, limits, whole=not salvage)
             self._prepare(stream, sniff(data))

@@ -1,6 +1,7 @@
 """Every odd video of the table in docs/decoding.md: right frames or a status, never others."""
 
 import functools
+import importlib.util
 from pathlib import Path
 
 import numbered
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from odd_videos import ODD
 
-from kdhiera.data.clip import ClipError
+from kdhiera.data.clip import Clip, ClipError
 from kdhiera.data.decode import decode_clip
+from kdhiera.data.sandbox import Sandbox
 from kdhiera.data.video import open_video
 from kdhiera.views import FramePolicy
 
@@ -58,3 +60,36 @@ def test_what_is_bad_becomes_a_status_with_its_reason(name, limits, request_clip
         assert ODD[name].words in caught.value.message
         assert caught.value.message
         assert caught.value.message.isprintable()
+
+
+OTHERS = [
+    "decord",
+    pytest.param(
+        "torchcodec",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("torchcodec") is None, reason="the extra kdhiera[torchcodec]"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_another_decoder_gives_the_frames_asked_for_or_none(backend, limits, request_clip):
+    """In children: one of the videos hangs decord for ever."""
+    wrong, right = [], 0
+    with Sandbox(
+        limits(**USUAL, backend=backend, deadline_seconds=20.0), num_children=1
+    ) as sandbox:
+        for name, odd in ODD.items():
+            if name == "the cut that hangs decord":
+                continue  # a test of its own: test_sandbox.py
+            for view in range(2):
+                request = request_clip(view, frames=FramePolicy.UNIFORM)
+                outcome = sandbox.submit(video(name), request).result()
+                if isinstance(outcome, Clip):
+                    chosen = [odd.shows[i] for i in outcome.view.frame_indices] if odd.shows else []
+                    same = [read(frame, odd) for frame in outcome.frames] == chosen
+                    right += same
+                    wrong += [] if same and outcome.decoder == backend else [name]
+    assert wrong == []
+    assert right > 30
