@@ -25,7 +25,17 @@ from kdhiera.student.build import build_student
 from kdhiera.student.export import load_exported
 from kdhiera.teachers.build import build_teachers, check_teachers
 
-VERSIONED = ("torch", "timm", "transformers", "av", "decord", "pillow", "zarr", "numcodecs")
+VERSIONED = (
+    "torch",
+    "timm",
+    "transformers",
+    "av",
+    "decord",
+    "torchcodec",
+    "pillow",
+    "zarr",
+    "numcodecs",
+)
 
 
 def decode_limits(config: DecodeConfig) -> DecodeLimits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from kdhiera.cache.layout import ColumnStatus, PartId, column_group
 from kdhiera.cache.records import ColumnCommit, PartCommits
 from kdhiera.cache.table import Row
 from kdhiera.config import RunConfig
-from kdhiera.stages.assemble import columns_of
 from kdhiera.views import RowStatus
 
 
@@ -85,31 +84,30 @@ def open_for(config: RunConfig) -> tuple[Cache, dict[PartId, PartCommits]]:
 
 
 def statuses_of(
-    config: RunConfig, cache: Cache, commits: Mapping[PartId, PartCommits]
+    cache: Cache, commits: Mapping[PartId, PartCommits], *, columns: Collection[str] | None = None
 ) -> RowStatuses:
     """Count rows by status and find the bad ones; what is good is not read.
 
     Args:
-        config: The run; its columns are looked at.
-        cache: Its cache.
+        cache: A cache.
         commits: The parts to look at.
+        columns: Columns to look at; None for all that there are.
 
     Raises:
         DamagedError: If a file with bad rows is missing or damaged.
     """
     rows: Counter[str] = Counter()
-    columns: dict[str, Counter[str]] = {}
+    counts: dict[str, Counter[str]] = {}
     bad: list[BadRow] = []
-    wanted = columns_of(config)
     for part, found in commits.items():
         rows.update(found.base.statuses)
-        there = {c: commit for c, commit in found.columns.items() if c in wanted}
+        there = {c: x for c, x in found.columns.items() if columns is None or c in columns}
         for column, commit in there.items():
-            columns.setdefault(column, Counter()).update(commit.statuses)
+            counts.setdefault(column, Counter()).update(commit.statuses)
         if found.base.bad or any(commit.bad for commit in there.values()):
             bad += _bad_rows(cache, part, cache.rows(found.base), there)
     return RowStatuses(
-        rows=dict(rows), columns={c: dict(n) for c, n in columns.items()}, bad=tuple(bad)
+        rows=dict(rows), columns={c: dict(n) for c, n in counts.items()}, bad=tuple(bad)
     )
 
 

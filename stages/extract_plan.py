@@ -13,6 +13,7 @@ from kdhiera.cache.commit import Cache
 from kdhiera.cache.encoding import NEEDS_BASIS
 from kdhiera.cache.fingerprint import base_identity, column_identity
 from kdhiera.cache.layout import CACHE_FILE, COMMITS, PartId, parse_column
+from kdhiera.cache.quarantine import given_up
 from kdhiera.cache.records import PartCommits, Versions
 from kdhiera.config import RunConfig
 from kdhiera.data.patterns import expand
@@ -84,7 +85,8 @@ class ExtractPlan:
         keeps: What masks it covers, in words.
         probe: Stored rows to replay first: the cache was made with other library versions.
         bases: Columns whose basis is made first.
-        parts: Parts that lack something.
+        parts: Parts that lack something; those that were given up before come last.
+        given_up: How many of them were.
         num_parts: Parts of the config in all, one a shard and view.
     """
 
@@ -94,6 +96,7 @@ class ExtractPlan:
     probe: int
     bases: BasisTask | None
     parts: tuple[PartTask, ...]
+    given_up: int
     num_parts: int
 
     @property
@@ -120,6 +123,8 @@ class ExtractPlan:
             names = ", ".join(columns)
             work = f"rows and {names}" if base else f"{names}, replaying the rows that are there"
             lines.append(f"          {len(parts):,} parts, {clips:,} clips: {work}")
+        if self.given_up:
+            lines.append(f"          {self.given_up:,} of them were given up before: tried last")
         if not self.parts:
             lines.append(f"          nothing to do: all {self.num_parts:,} parts are there")
         elif len(self.parts) < self.num_parts:
@@ -136,6 +141,7 @@ class ExtractPlan:
             "probe_rows": self.probe,
             "bases": list(self.bases.columns) if self.bases else [],
             "num_parts": self.num_parts,
+            "given_up": self.given_up,
             "work": [
                 {
                     "rows": base,
@@ -289,7 +295,9 @@ def make_plan(config: RunConfig, cache: Cache | None, shards: Sequence[ShardInde
             lacks = {c: key for c, key in columns.items() if c not in there}
             if commits is None or lacks:
                 parts.append(PartTask(shard=shard, view=view, base=commits is None, columns=lacks))
-    parts.sort(key=lambda task: task.view)  # a complete view can be trained on
+    before = given_up(cache) if cache else {}
+    # A complete view can be trained on; what always fails must not keep the rest waiting.
+    parts.sort(key=lambda task: (task.part in before, task.view))
     return ExtractPlan(
         cache=config.cache.dir,
         exists=cache is not None,
@@ -299,6 +307,7 @@ def make_plan(config: RunConfig, cache: Cache | None, shards: Sequence[ShardInde
         else 0,
         bases=_bases(config, cache, shards, {c for part in parts for c in part.columns}),
         parts=tuple(parts),
+        given_up=sum(task.part in before for task in parts),
         num_parts=len(shards) * config.views.num,
     )
 

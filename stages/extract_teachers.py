@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import collections
 import logging
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from kdhiera.cache.commit import Cache
 from kdhiera.cache.expected import expect_shards
+from kdhiera.cache.layout import PartId
+from kdhiera.cache.quarantine import give_up, given_up, release
 from kdhiera.config import RunConfig
 from kdhiera.data.shards import ShardIndex
 from kdhiera.devices import resolve_device
@@ -31,9 +34,10 @@ from kdhiera.stages.extract_plan import (
     look_at,
     make_plan,
 )
-from kdhiera.stages.extract_worker import Task
+from kdhiera.stages.extract_worker import PartTask, Task
 from kdhiera.stages.pool import Outcome, run_here, run_on_ray
 from kdhiera.stages.probe import probe_versions
+from kdhiera.stages.retry import Retry, find_retries, reopen
 from kdhiera.stopping import stop_on_signals
 
 logger = logging.getLogger(__name__)
@@ -48,6 +52,7 @@ class ExtractSummary:
     Args:
         cache: Folder or address of the cache.
         plan: What was missing at the start.
+        retried: What trying bad rows again came to; None if that was not asked for.
         dry_run: Whether only the plan was made.
         num_shards: Shards of the config.
         columns: Columns that the config asks for.
@@ -61,6 +66,7 @@ class ExtractSummary:
 
     cache: str
     plan: ExtractPlan
+    retried: Retry | None
     dry_run: bool
     num_shards: int
     columns: tuple[str, ...]
@@ -74,7 +80,8 @@ class ExtractSummary:
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**values, "plan": self.plan.to_json()}
+        retried = self.retried.to_json() if self.retried else None
+        return {**values, "plan": self.plan.to_json(), "retried": retried}
 
     def describe(self) -> str:
         """For people."""
@@ -86,6 +93,8 @@ class ExtractSummary:
             f"{len(self.plan.parts)} {'to do' if self.dry_run else 'were missing'}",
             f"columns   {', '.join(self.columns)}",
         ]
+        if self.retried:
+            lines.append(self.retried.describe())
         if total:
             share = 100 * good / total
             times = self.dense_bytes / max(self.num_bytes, 1)
@@ -108,6 +117,7 @@ def extract(
     *,
     progress: Progress,
     dry_run: bool = False,
+    retry: Sequence[str] = (),
     on_plan: Callable[[ExtractPlan], None] = lambda plan: None,
 ) -> ExtractSummary:
     """Compute what the config needs and the cache lacks.
@@ -116,6 +126,7 @@ def extract(
         config: The run.
         progress: Where progress is shown.
         dry_run: Only make the plan; nothing is written.
+        retry: Statuses of bad rows to try again: parts in which that mends one are made anew.
         on_plan: Told the plan before any work.
 
     Raises:
@@ -132,6 +143,11 @@ def extract(
     config = identities.config
     if not dry_run and has_commits(config):  # an identity that was lost hides none of them
         cache = _open(config, identities)
+    retried = None
+    if retry and cache is not None:
+        retried = find_retries(config, cache, shards.found, retry, progress=progress)
+        if not dry_run:
+            reopen(cache, retried)
     plan = make_plan(config, cache, shards.found)
     on_plan(plan)
     failed: list[str] = []
@@ -147,6 +163,7 @@ def extract(
     summary = ExtractSummary(
         cache=config.cache.dir,
         plan=plan,
+        retried=retried,
         dry_run=dry_run,
         num_shards=len(shards.found),
         columns=tuple(columns_of(config)),
@@ -161,7 +178,8 @@ def extract(
     if failed or shards.unreadable:
         raise IncompleteError(
             f"{summary.describe()}\nsome shards could not be extracted; all others are committed. "
-            "Mend or remove them and run the same command again",
+            "Mend or remove them and run the same command again, which tries them last; `kdhiera "
+            f"cache bad {summary.cache}` lists them",
             result=summary,
         )
     return summary
@@ -171,8 +189,9 @@ def _open(config: RunConfig, identities: Identities) -> Cache:
     """The cache with all columns of the config, made where they are not there."""
     made_by = provenance()
     cache = Cache.create_or_open(config.cache.dir, dict(identities.base), provenance=made_by)
+    made_from = {**made_by, "config": config.model_dump(mode="json"), "folder": os.getcwd()}
     for column, identity in identities.columns.items():
-        cache.columns.ensure(column, dict(identity), provenance=made_by)
+        cache.columns.ensure(column, dict(identity), provenance=made_from)
     return cache
 
 
@@ -194,13 +213,30 @@ def _work(config: RunConfig, cache: Cache, plan: ExtractPlan, progress: Progress
     runner = run_on_ray if config.ray.enabled else run_here
     first: list[Task] = [plan.bases] if plan.bases else []
     outcomes: list[Outcome] = []
+    quarantined = given_up(cache)
     with stop_on_signals() as stop:
         for tasks in (first, plan.parts):  # no part is encoded before its basis is there
             before = shown
             if tasks and all(o.result for o in outcomes):
-                outcomes += runner(config, tasks, on_counts=on_counts, stop=stop)
+                for outcome in runner(config, tasks, on_counts=on_counts, stop=stop):
+                    outcomes.append(outcome)
+                    _note(config, cache, outcome, quarantined)
     progress.finish(bar)
     return [f"{o.task.name}: {o.error}" for o in outcomes if o.result is None]
+
+
+def _note(
+    config: RunConfig, cache: Cache, outcome: Outcome, quarantined: Collection[PartId]
+) -> None:
+    """Put a part that was given up into quarantine, and one that was done out of it."""
+    task = outcome.task
+    if not isinstance(task, PartTask):
+        return
+    if outcome.result is None:
+        tries, path = config.extract.max_attempts, task.shard.path
+        give_up(cache, task.part, path=path, error=outcome.error, tries=tries)
+    elif task.part in quarantined:
+        release(cache, [task.part])
 
 
 def committed(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
-from kdhiera.data.clip import Look
+from kdhiera.data.clip import VideoInfo
 from kdhiera.grid import UNIT_PX
 from kdhiera.progress import counted
 from kdhiera.stages.pack_order import REST, WHOLE
@@ -45,7 +45,7 @@ class Seen:
     num_samples: int
     num_learnt: int
     num_shards: int
-    looks: tuple[Look, ...]
+    looks: tuple[VideoInfo, ...]
     failures: tuple[str, ...]
     labels: Mapping[str, Mapping[str, Sequence[str]]]
     extensions: tuple[str, ...]

@@ -20,7 +20,7 @@ import yaml
 from kdhiera.addresses import scheme_of
 from kdhiera.config import DecodeConfig
 from kdhiera.config.loading import parse_run
-from kdhiera.data.clip import DecodeFailure, Look, shown
+from kdhiera.data.clip import Look, LookRequest, VideoInfo, shown
 from kdhiera.data.folders import TABLES, extension_of
 from kdhiera.data.patterns import expand
 from kdhiera.data.sandbox import Sandbox
@@ -209,7 +209,7 @@ def _look(indices: Mapping[str, Sequence[ShardIndex]], progress: Progress) -> Se
     )
     more = tuple(extension for extension in MORE_EXTENSIONS if extension in extensions)
     picked = spread(places, PROBED)
-    looks: list[Look] = []
+    looks: list[VideoInfo] = []
     failures: list[str] = []
     bar = progress.start("look", len(picked), "videos")
     with Sandbox(decode_limits(DecodeConfig()), num_children=1) as sandbox:
@@ -224,11 +224,12 @@ def _look(indices: Mapping[str, Sequence[ShardIndex]], progress: Progress) -> Se
             if sample.video is None:
                 failures.append(f"{shown(sample.key)}: {sample.message}")
                 continue
-            look = sandbox.look(sample.video).result()
-            if isinstance(look, DecodeFailure):
-                failures.append(f"{shown(sample.key)}: {look.message}")
-            else:
-                looks.append(look)
+            look = sandbox.look(sample.video, LookRequest(indices=())).result()
+            failure = look.failure if isinstance(look, Look) else look
+            if failure is not None:
+                failures.append(f"{shown(sample.key)}: {failure.message}")
+            elif isinstance(look, Look) and look.info is not None:
+                looks.append(look.info)
     progress.finish(bar)
     if not looks:
         first = f" ({failures[0]})" if failures else ""

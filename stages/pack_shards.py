@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event
 
 from kdhiera.config import DecodeConfig
-from kdhiera.data.clip import DecodeFailure, DecodeLimits, Look, shown
+from kdhiera.data.clip import DecodeFailure, DecodeLimits, Look, LookRequest, shown
 from kdhiera.data.folders import Skipped, VideoFile
 from kdhiera.data.packing import ShardWriter, describe_sample, sample_bytes
 from kdhiera.data.sandbox import Sandbox
@@ -90,8 +90,9 @@ def _looked(
     def first() -> _Looked:
         video, content, look = waiting.popleft()
         outcome = None if look is None else look.result()
-        if isinstance(outcome, DecodeFailure):
-            status, reason = outcome.status.value, outcome.message
+        failure = outcome.failure if isinstance(outcome, Look) else outcome
+        if failure is not None:
+            status, reason = failure.status.value, failure.message
             return video, Skipped(name=video.name, status=status, reason=reason)
         return video, content
 
@@ -99,7 +100,7 @@ def _looked(
         content = _read(video, limits if sandbox is not None else None)
         look = None
         if sandbox is not None and isinstance(content, bytes):
-            look = sandbox.look(content)
+            look = sandbox.look(content, LookRequest(indices=()))
         waiting.append((video, content, look))
         while len(waiting) > ahead or sum(v.num_bytes for v, _, _ in waiting) > _AHEAD_BYTES:
             yield first()

@@ -21,7 +21,7 @@ from kdhiera.data.shards import Sample, read_sample
 from kdhiera.errors import UsageError
 from kdhiera.progress import Progress
 from kdhiera.report.statuses import MEANINGS, NUM_THUMBS, Offender, StatusPicture, show_statuses
-from kdhiera.stages.assemble import decode_limits
+from kdhiera.stages.assemble import columns_of, decode_limits
 from kdhiera.stages.bad_rows import BadRow, RowStatuses, open_for, statuses_of
 from kdhiera.stages.choose import ShardFinder
 from kdhiera.views import CropPolicy, FramePolicy, ViewPolicy
@@ -44,7 +44,7 @@ def status_figure(config: RunConfig, *, progress: Progress) -> tuple[Figure, Row
         DamagedError: If a file with bad rows is missing or damaged.
     """
     cache, commits = open_for(config)
-    statuses = statuses_of(config, cache, commits)
+    statuses = statuses_of(cache, commits, columns=columns_of(config))
     some = _some(statuses.bad)
     bar = progress.start("statuses", len(some), "samples")
     offenders = []

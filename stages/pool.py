@@ -169,6 +169,7 @@ class _Try:
     task: Task
     number: int
     moved: float = field(default_factory=time.monotonic)
+    answered: bool = False  # its actor has room and has started
 
 
 class _Pool:
@@ -195,8 +196,7 @@ class _Pool:
         while waiting or self._running:
             while waiting and (self._idle or self._size_now < self._size):
                 task, number = waiting.popleft()
-                actor = self._idle.pop() if self._idle else self._new_actor()
-                self._running[actor.run.remote(task)] = _Try(actor=actor, task=task, number=number)
+                self._give(task, number)
             done, _ = self._ray.wait(list(self._running), timeout=POLL_SECONDS)
             for ref in done:
                 this = self._running.pop(ref)
@@ -217,6 +217,7 @@ class _Pool:
                     yield Outcome(task=this.task, result=result)
             if self._running:
                 self._watch()
+                self._hand_over()
             self._on_counts(*(sum(c[i] for c in self._counts.values()) for i in (0, 1)))
             if stop.is_set():
                 self._stop_all()
@@ -225,6 +226,22 @@ class _Pool:
     def close(self) -> None:
         for actor in [*self._idle, *(t.actor for t in self._running.values())]:
             self._ray.kill(actor)
+
+    def _give(self, task: Task, number: int) -> None:
+        """Have a task worked on, by an idle actor or a new one."""
+        actor = self._idle.pop() if self._idle else self._new_actor()
+        self._running[actor.run.remote(task)] = _Try(actor=actor, task=task, number=number)
+
+    def _hand_over(self) -> None:
+        """Give idle actors the tasks of actors that have not started.
+
+        After a node is lost the cluster may have no room for another actor, ever.
+        """
+        for ref, this in list(self._running.items()):
+            if self._idle and not this.answered:
+                del self._running[ref]
+                self._end(this.actor)
+                self._give(this.task, this.number)
 
     def _new_actor(self) -> Any:
         self._size_now += 1
@@ -247,6 +264,7 @@ class _Pool:
                 rows, bad, idle = self._ray.get(ref)
                 self._counts[asked[ref].actor] = (rows, bad)
                 asked[ref].moved = now - idle
+                asked[ref].answered = True
         for this in asked.values():
             if now - this.moved > self._config.extract.stall_seconds:
                 logger.warning("%s hangs: its actor is replaced", this.task.name)

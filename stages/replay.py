@@ -7,7 +7,7 @@ is stored: pixels bit by bit, features within the bound of their encoding, score
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -166,6 +166,44 @@ def replay_rows(
             f"no row of the cache in {cache.url} can be made again: none of its shards is in "
             "data.shards, or where it lay; add one"
         )
+    bar = progress.start("recompute", sum(map(len, chosen.values())), "rows") if progress else 0
+    found = {part: shard for part in chosen if (shard := shards.find(part.shard_id))}
+    replayed = replay_chosen(
+        config,
+        cache,
+        chosen={part: (commits[part], found[part], wanted) for part, wanted in chosen.items()},
+        columns=columns,
+        on_rows=lambda rows: progress.advance(bar, rows) if progress else None,
+    )
+    if progress:
+        progress.finish(bar)
+    return replayed
+
+
+Chosen = Mapping[PartId, tuple[PartCommits, ShardIndex, Mapping[str | None, Sequence[int]]]]
+"""Of every part its commits, its shard, and array rows by column; None is the base."""
+
+
+def replay_chosen(
+    config: RunConfig,
+    cache: Cache,
+    *,
+    chosen: Chosen,
+    columns: Columns,
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> Replayed:
+    """The same for rows that are named.
+
+    Args:
+        config: The run; precisions are what the columns were made with.
+        cache: Its cache.
+        chosen: Good rows.
+        columns: What makes the columns among them.
+        on_rows: Told how many rows were done.
+
+    Raises:
+        DamagedError: If a file of a chosen row is missing or damaged.
+    """
     device = resolve_device(config.extract.device)
     replay = _Replay(
         config=config,
@@ -174,17 +212,11 @@ def replay_rows(
         featurizer=featurizer_of(config, device=device, plan=cache.mask_plan),
         tally=_Tally(columns={column: [] for column in columns}),
     )
-    bar = progress.start("recompute", sum(map(len, chosen.values())), "rows") if progress else 0
     children = config.decode.num_children or config.extract.cpus_per_actor
     with Sandbox(decode_limits(config.decode), num_children=children) as sandbox:
-        for part, wanted in chosen.items():
-            shard = shards.find(part.shard_id)
-            assert shard is not None, "chosen among those that were found"
-            for done in replay.part(sandbox, commits[part], shard, wanted):
-                if progress:
-                    progress.advance(bar, done)
-    if progress:
-        progress.finish(bar)
+        for commits, shard, wanted in chosen.values():
+            for done in replay.part(sandbox, commits, shard, wanted):
+                on_rows(done)
     return replay.result(num_parts=len(chosen))
 
 
@@ -358,6 +390,8 @@ class _Replay:
         statistics = from_npz(self.cache.read_file(commit, "stats.npz"), column)
         mean = torch.from_numpy(statistics.mean)
         for before, now, kept in zip(stored, made, numbers >= 0, strict=True):
-            cosine = torch.nn.functional.cosine_similarity(before[kept], now[kept], dim=-1).min()
+            cosine = torch.nn.functional.cosine_similarity(before[kept], now[kept], dim=-1)
+            equal = (before[kept] == now[kept]).all(-1)  # zeros have no direction
+            cosine = torch.where(equal, torch.ones_like(cosine), cosine).min()
             lost, energy = (before - now)[kept].square().sum(), (now - mean)[kept].square().sum()
             yield float(cosine), float(lost), float(energy)

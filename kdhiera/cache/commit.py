@@ -37,6 +37,7 @@ from kdhiera.cache.layout import (
     END_BYTES,
     FORMAT,
     PARTS,
+    QUARANTINE,
     SHARDS,
     PartId,
     attempt_folder,
@@ -529,4 +530,4 @@ def _made_for(store: Store, wanted: str) -> bool:
             made |= {parse_commit(data, "")[1]} if data is not None else set()
     if made or bases:
         return made == {wanted}
-    return set(store.names("")) <= {COLUMNS, COMMITS, PARTS, SHARDS, CACHE_ASIDE}
+    return set(store.names("")) <= {COLUMNS, COMMITS, PARTS, QUARANTINE, SHARDS, CACHE_ASIDE}

@@ -1,9 +1,9 @@
-"""Removing a column from a cache, at once for every reader; `gc` frees its bytes."""
+"""Removing a column, or parts, from a cache, at once for every reader; `gc` frees the bytes."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -122,3 +122,20 @@ def _refuse_unknown(cache: Cache, column: str) -> None:
     raise UsageError(
         f"the cache in {cache.url} has no column {column}; {hint}{', '.join(names) or 'none'}"
     )
+
+
+def drop_commits(cache: Cache, parts: Mapping[PartId, Collection[str] | None]) -> None:
+    """Remove commits of parts, so that the next extraction makes them again.
+
+    Columns go before the base that they belong to: whenever this stops, what is left is whole.
+
+    Args:
+        cache: The cache.
+        parts: Columns to remove of every part; None removes all of the part.
+    """
+    records = cache.records()
+    for part, columns in parts.items():
+        keys = records.get(part, [])
+        if columns is not None:
+            keys = [key for key in keys if any(_is_of(key, column) for column in columns)]
+        cache.store.delete(sorted(keys, key=lambda key: _is_of(key, "base")))

@@ -13,6 +13,7 @@
       commits/<shard-id>/<view>/base.json           the commit points
       commits/<shard-id>/<view>/<column>.json
       shards/<shard-id>                             a shard that was asked for
+      quarantine/<shard-id>.<view>                  a part that was given up, and why
 
 A column is named `<teacher>.<layer>.<encoding>`, so two encodings of one layer lie side
 by side, in the cache and inside a part.
@@ -164,6 +165,7 @@ COLUMNS = "columns"  # holds a folder for every column
 COMMITS = "commits"  # holds all commit points
 PARTS = "parts"  # holds what attempts wrote
 SHARDS = "shards"  # holds which shards were asked for
+QUARANTINE = "quarantine"  # holds which parts were given up
 
 
 def column_folder(column: str) -> str:
@@ -195,6 +197,11 @@ def commit_folder(part: PartId) -> str:
 def commit_file(part: PartId, column: str | None) -> str:
     """Commit point of a column, or of the base where `column` is None."""
     return f"{commit_folder(part)}/{'base' if column is None else column}.json"
+
+
+def quarantine_file(part: PartId) -> str:
+    """Key of what is known of a part that was given up."""
+    return f"{QUARANTINE}/{part.shard_id}.{part.view}"
 
 
 def shard_file(shard_id: str) -> str:

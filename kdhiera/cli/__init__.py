@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from kdhiera.cli.caches import cache_app
+from kdhiera.cli.caches import cache_app, replay_app
 from kdhiera.cli.common import EXIT_CODES, Debug, show_debug, with_examples
 from kdhiera.cli.configs import config_app
 from kdhiera.cli.datasets import data_app
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app)
 app.add_typer(run_app)
+app.add_typer(replay_app)
 app.add_typer(
     config_app,
     name="config",
@@ -44,6 +45,7 @@ app.add_typer(
             "kdhiera cache verify configs/demo.yaml",
             "kdhiera cache verify caches/demo --repair",
             "kdhiera cache info configs/demo.yaml",
+            "kdhiera cache bad configs/demo.yaml",
             "kdhiera cache diff configs/demo.yaml views.num=3",
             "kdhiera cache ls caches",
             "kdhiera cache drop caches/demo image.8.int8",

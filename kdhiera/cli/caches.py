@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from kdhiera.cache.commit import Cache
     from kdhiera.config import RunConfig
 
+replay_app = typer.Typer()
 cache_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after a cache.")
 
 
@@ -39,6 +41,47 @@ def _open_cache(where: str, overrides: list[str] | None = None) -> Cache:
     from kdhiera.cache.commit import Cache
 
     return Cache.open(_locate(where, overrides)[0])
+
+
+@command(
+    "replay",
+    "kdhiera replay caches/demo shard-0003-clip-17",
+    "kdhiera replay configs/demo.yaml shard-0003-clip-17 --view 1 --debug",
+    "kdhiera replay s3://bucket/caches/k400 KEY --config configs/k400.yaml --json",
+    to=replay_app,
+)
+def replay(
+    cache: CacheAt,
+    key: Annotated[
+        str, typer.Argument(metavar="KEY", help="A sample's key, or its uid (SHARD/OFFSET/KEY).")
+    ],
+    config: Annotated[
+        str | None,
+        typer.Option("--config", metavar="CONFIG", help="Whose shards and teachers to use."),
+    ] = None,
+    view: Annotated[int | None, typer.Option("--view", min=0, help="Only this view.")] = None,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Log everything, and print all that FFmpeg said.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run one sample through decoding and teachers again and compare it with what is stored.
+
+    Says at every step what it finds, for good rows and bad ones; changes nothing. Without a
+    config, shards and teachers are those that the cache records. Exit code 1 if something does
+    not come out as it is stored.
+    """
+    if debug:
+        logging.getLogger().setLevel(logging.DEBUG)
+    url, run = _locate(cache)
+    if config is not None:
+        run = load(config)
+    from kdhiera.stages.replay_key import replay_key
+
+    found = replay_key(url, key, config=run, view=view, debug=debug)
+    emit(found, found.describe, as_json)
+    if not found.same:
+        raise typer.Exit(ExitCode.FAILED)
 
 
 @command(
@@ -130,6 +173,33 @@ def cache_info(cache: CacheAt, overrides: Overrides = None, as_json: AsJson = Fa
     emit(info, info.describe, as_json)
     if info.damaged:
         raise typer.Exit(ExitCode.FAILED)
+
+
+@command(
+    "bad",
+    "kdhiera cache bad configs/demo.yaml",
+    "kdhiera cache bad caches/demo --status decode_timeout --json",
+    to=cache_app,
+)
+def cache_bad(
+    cache: CacheAt,
+    overrides: Overrides = None,
+    status: Annotated[
+        list[str] | None,
+        typer.Option("--status", metavar="STATUS", help="List only rows of this status."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what training cannot use: bad rows with their reasons, and parts that were given up.
+
+    `kdhiera replay` looks at one of them; `kdhiera extract-teachers --retry` tries them again.
+    """
+    opened = _open_cache(cache, overrides)
+    from kdhiera.stages.list_bad import list_bad
+    from kdhiera.stages.retry import parse_statuses
+
+    found = list_bad(opened, parse_statuses(status or ()))
+    emit(found, found.describe, as_json)
 
 
 @command("ls", "kdhiera cache ls caches", "kdhiera cache ls s3://bucket/caches", to=cache_app)

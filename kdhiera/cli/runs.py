@@ -32,6 +32,7 @@ class Form(StrEnum):
     "extract-teachers",
     "kdhiera extract-teachers configs/demo.yaml",
     "kdhiera extract-teachers configs/demo.yaml --dry-run",
+    "kdhiera extract-teachers configs/demo.yaml --retry decode_timeout decode.deadline_seconds=60",
     "kdhiera extract-teachers configs/demo.yaml 'data.shards=/data/k400-{000..099}.tar'",
     "kdhiera extract-teachers configs/demo.yaml 'data.shards=s3://videos/k400-*.tar'",
     to=run_app,
@@ -40,22 +41,34 @@ def extract_teachers(
     config: Config,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    retry: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--retry",
+            metavar="STATUS",
+            help="Try bad rows of this status again (or all), and make parts anew that it mends.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the teachers over the shards and store features and scores in the cache.
 
     Computes what the config needs and the cache lacks; stopped or killed, the same command
-    goes on. Bad videos become rows with a status.
+    goes on. Bad videos become rows with a status; `kdhiera cache bad` lists them.
     """
     run = load(config, overrides)
     from kdhiera.progress import make_progress
     from kdhiera.stages.extract_teachers import extract
+    from kdhiera.stages.retry import parse_statuses
+
+    statuses = parse_statuses(retry or ())
 
     with json_of_errors(as_json), make_progress() as progress:
         summary = extract(
             run,
             progress=progress,
             dry_run=dry_run,
+            retry=statuses,
             on_plan=lambda plan: typer.echo(plan.describe(), err=as_json),
         )
     emit(summary, summary.describe, as_json)

@@ -90,7 +90,8 @@ class DecodeConfig(Section):
     """Limits and backend of the decoding children; see `docs/decoding.md`.
 
     Attributes:
-        backend: `auto` is the decoder measured best, PyAV; `decord` where it is installed.
+        backend: `auto` is the decoder measured best, PyAV; `decord` and `torchcodec` where they
+            are installed.
         num_children: Decoding processes an actor keeps; 0 means one a CPU of the actor.
         deadline_seconds: A clip that takes longer becomes `decode_timeout`.
         max_frame_pixels: Larger frames become `decode_limit`.
@@ -100,7 +101,7 @@ class DecodeConfig(Section):
         clips_per_child: A child is replaced after this many clips.
     """
 
-    backend: Literal["auto", "decord", "pyav"] = "auto"
+    backend: Literal["auto", "decord", "pyav", "torchcodec"] = "auto"
     num_children: int = Field(0, ge=0, le=256)
     deadline_seconds: float = Field(20.0, gt=0)
     max_frame_pixels: int = Field(8192 * 4320, gt=0)

@@ -52,7 +52,7 @@ class DecodeLimits:
     """What one video may cost, and who decodes it.
 
     Args:
-        backend: `auto` (decord where it can be trusted, else PyAV), `decord` or `pyav`.
+        backend: `auto` (which is PyAV), `pyav`, `decord` or `torchcodec`.
         deadline_seconds: Wall time of one clip, start-up of a child apart.
         max_frame_pixels: Height times width of a frame.
         max_duration_seconds: Of the video, claimed or real.
@@ -114,32 +114,6 @@ class Clip:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
-    """What a video is, from all of its packets and its first frame.
-
-    Args:
-        container: FFmpeg's demuxer.
-        codec: FFmpeg's decoder.
-        height: Pixels of the upright frame.
-        width: Pixels of the upright frame.
-        num_frames: Frames that are shown.
-        seconds: From the first shown frame to the end of the last.
-    """
-
-    container: str
-    codec: str
-    height: int
-    width: int
-    num_frames: int
-    seconds: float
-
-    @property
-    def frames_per_second(self) -> float:
-        """Mean rate of the shown frames."""
-        return self.num_frames / self.seconds
-
-
-@dataclass(frozen=True, kw_only=True)
 class DecodeFailure:
     """Why there is no clip.
 
@@ -150,6 +124,92 @@ class DecodeFailure:
 
     status: RowStatus
     message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoInfo:
+    """What a video is, as far as it shows when one frame is decoded.
+
+    Args:
+        container: FFmpeg's demuxer.
+        codec: FFmpeg's decoder.
+        pix_fmt: Pixel format of the decoded frames.
+        height: Pixels of the upright frame.
+        width: Pixels of the upright frame.
+        num_frames: Frames that are shown.
+        pts_seconds: Time of every shown frame after the first one.
+        start_seconds: Time of the first shown frame on the container's clock.
+        upright: Whether frames are stored as they are shown: not turned, not mirrored.
+        closed: Whether no frame is decoded after a key frame and shown before it.
+        num_packets: Packets of the stream, those of hidden frames included.
+        num_key_frames: Packets that are called key frames.
+    """
+
+    container: str
+    codec: str
+    pix_fmt: str
+    height: int
+    width: int
+    num_frames: int
+    pts_seconds: tuple[float, ...]
+    start_seconds: float
+    upright: bool
+    closed: bool
+    num_packets: int
+    num_key_frames: int
+
+    @property
+    def seconds(self) -> float:
+        """From the first shown frame to the end of the last."""
+        last = self.pts_seconds[-1]
+        steps = self.num_frames - 1
+        return last + (last / steps if steps and last else 1 / 25)
+
+    @property
+    def frames_per_second(self) -> float:
+        """Mean rate of the shown frames."""
+        return self.num_frames / self.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookRequest:
+    """A video to be looked at closely, frame by frame.
+
+    Args:
+        indices: Frames to decode, each by itself; None takes some from all over the video.
+    """
+
+    indices: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameLook:
+    """How one frame decodes by itself.
+
+    Args:
+        index: Position among the frames that are shown.
+        flaw: Why it cannot be had; empty if it can.
+    """
+
+    index: int
+    flaw: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What there is to say of a video.
+
+    Args:
+        info: What it is; None if that cannot be told.
+        failure: Why not.
+        frames: The frames that were asked for.
+        said: What FFmpeg warned of, one printable line each.
+    """
+
+    info: VideoInfo | None
+    failure: DecodeFailure | None
+    frames: tuple[FrameLook, ...]
+    said: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

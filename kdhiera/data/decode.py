@@ -6,6 +6,9 @@ Runs in a decode child (`kdhiera.data.sandbox`): native decoders hang and crash.
 from __future__ import annotations
 
 import io
+import os
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -16,18 +19,30 @@ from kdhiera.data.clip import (
     Clip,
     ClipError,
     ClipRequest,
+    DecodeFailure,
     DecodeLimits,
     Frame,
+    FrameLook,
     Frames,
     Look,
+    LookRequest,
+    VideoInfo,
     checksum,
     crop_resize,
+    shown,
 )
-from kdhiera.data.video import Video, VideoInfo, damaged, inspect, open_video
+from kdhiera.data.video import Video, damaged, open_video
 from kdhiera.errors import UsageError
 from kdhiera.views import ClipView, RowStatus, TooShortError, ViewPolicy, draw_view
 
-_DECORD_CONTAINERS = ("mov", "matroska")
+_LOOKED_AT = 16  # frames of a video that is looked at
+_NEVER = "it never comes out of the decoder"
+_PLAIN_CONTAINERS = ("mov", "matroska")
+_ALL_KEYS = ("mjpeg", "prores", "dnxhd", "dvvideo", "rawvideo", "huffyuv", "ffvhuff")
+_SOUNDS_DAMAGED = re.compile(
+    r"conceal|error|invalid|corrupt|missing|gap|fail|illegal|could not|no frame|truncat|overread",
+    re.IGNORECASE,
+)
 
 
 @runtime_checkable
@@ -48,35 +63,116 @@ def decode_pyav(video: Video, indices: Sequence[int]) -> Iterator[tuple[int, Fra
     return video.frames(indices)
 
 
+def preload(backend: str) -> None:
+    """Import what a decoder needs, before memory is limited.
+
+    Raises:
+        SystemExit: If it cannot be imported, with the reason.
+    """
+    if backend == "torchcodec":
+        os.environ["TORCHCODEC_FFMPEG_LOG_LEVEL"] = "DEBUG"  # where it tells of concealment
+        try:
+            import torchcodec.decoders  # noqa: F401
+        except (ImportError, RuntimeError, OSError) as error:
+            lines = [line for line in str(error).splitlines() if line.strip()] or ["it fails"]
+            sys.exit(f"torchcodec cannot be loaded, it needs FFmpeg's shared libraries: {lines[0]}")
+
+
 def decode_decord(video: Video, indices: Sequence[int]) -> Iterator[tuple[int, Frame]]:
     """Frames from decord, asked by time stamp: it also counts frames that edit lists hide.
 
-    It conceals damaged slices without a word, and ordinary stream-copied cuts make it hang.
+    It conceals damage, so what FFmpeg says of it meanwhile is listened to; ordinary stream-copied
+    cuts make it hang.
     """
     import decord  # optional, and not there on every platform
 
     info = video.info
-    if info.container not in _DECORD_CONTAINERS or not (info.upright and info.closed):
-        raise ClipError(
-            RowStatus.DECODE_ERROR,
-            "decord gives wrong frames of rotated videos, open groups of pictures and containers "
-            f"other than {' and '.join(_DECORD_CONTAINERS)}: use decode.backend auto",
-        )
-    decord.logging.set_level(decord.logging.QUIET)
+    _refuse_odd(info, "decord")
+    decord.logging.set_level(decord.logging.DEBUG)
     asked = sorted(set(indices))
-    try:
-        reader = decord.VideoReader(io.BytesIO(video.data), num_threads=1)
-        starts = reader.get_frame_timestamp(range(len(reader)))[:, 0]
-        batch = reader.get_batch(_positions(starts, info, asked)).asnumpy()
-    except (decord.DECORDError, RuntimeError, AssertionError, IndexError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ClipError(RowStatus.DECODE_ERROR, f"decord: {lines[-1]}") from error
+    with _Listener() as listener:
+        try:
+            reader = decord.VideoReader(io.BytesIO(video.data), num_threads=1)
+            starts = reader.get_frame_timestamp(range(len(reader)))[:, 0]
+            batch = reader.get_batch(_positions(starts, info, asked)).asnumpy()
+            del reader  # its threads have said all they will
+            if len(starts) != info.num_frames:
+                words = "decord finds other frames in videos of which an edit list hides some"
+                raise ClipError(RowStatus.DECODE_ERROR, words)
+        except (decord.DECORDError, RuntimeError, AssertionError, IndexError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ClipError(RowStatus.DECODE_ERROR, f"decord: {lines[-1]}") from error
+    if listener.damage:
+        raise damaged(asked[0], f"or one after it: {listener.damage}")
     if batch.shape[1:3] != (info.height, info.width):
         raise ClipError(RowStatus.DECODE_ERROR, f"decord gives frames of {batch.shape[1:3]} px")
     yield from zip(asked, batch, strict=True)
 
 
-BACKENDS: dict[str, Decoder] = {"auto": decode_pyav, "pyav": decode_pyav, "decord": decode_decord}
+def decode_torchcodec(video: Video, indices: Sequence[int]) -> Iterator[tuple[int, Frame]]:
+    """Frames from torchcodec, asked by number and held against the time stamps.
+
+    It conceals damage; what FFmpeg says of it meanwhile is listened to.
+    """
+    from torchcodec.decoders import VideoDecoder  # an extra, and slow to import
+
+    info = video.info
+    _refuse_odd(info, "torchcodec")
+    asked = sorted(set(indices))
+    with _Listener() as listener:
+        try:
+            decoder = VideoDecoder(
+                video.data,
+                stream_index=video.stream_index,
+                dimension_order="NHWC",
+                num_ffmpeg_threads=1,
+                seek_mode="exact",
+            )
+            batch = decoder.get_frames_at(asked)
+        except (RuntimeError, ValueError, IndexError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ClipError(RowStatus.DECODE_ERROR, f"torchcodec: {lines[0]}") from error
+    if listener.damage:
+        raise damaged(asked[0], f"or one after it: {listener.damage}")
+    times = batch.pts_seconds.numpy()
+    wanted = np.array([info.start_seconds + info.pts_seconds[index] for index in asked])
+    if not np.allclose(times, wanted, rtol=1e-6, atol=1e-3):
+        words = "torchcodec's time stamps do not name the frames that are shown"
+        raise ClipError(RowStatus.DECODE_ERROR, words)
+    frames = batch.data.numpy()
+    if frames.shape[1:3] != (info.height, info.width):
+        raise ClipError(
+            RowStatus.DECODE_ERROR, f"torchcodec gives frames of {frames.shape[1:3]} px"
+        )
+    yield from zip(asked, frames, strict=True)
+
+
+class _Listener:
+    """What FFmpeg writes to this process's stderr while it decodes; a context manager."""
+
+    damage: str = ""
+
+    def __enter__(self) -> _Listener:
+        self._kept = os.dup(2)
+        self._words = os.memfd_create("kdhiera")
+        os.dup2(self._words, 2)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.dup2(self._kept, 2)
+        os.close(self._kept)
+        size = min(os.fstat(self._words).st_size, 2**20)
+        lines = os.pread(self._words, size, 0).decode(errors="replace").splitlines()
+        os.close(self._words)
+        self.damage = next((line for line in lines if _SOUNDS_DAMAGED.search(line)), "")
+
+
+BACKENDS: dict[str, Decoder] = {
+    "auto": decode_pyav,
+    "pyav": decode_pyav,
+    "decord": decode_decord,
+    "torchcodec": decode_torchcodec,
+}
 """Decoders by name.
 
 `auto` is PyAV: on the real videos tried it gave the same pixels as decord in 0.6 to 0.8 of the
@@ -116,7 +212,7 @@ def decode_clip(data: bytes, request: ClipRequest, limits: DecodeLimits) -> Clip
             view = _draw(video.info, request, there)
             frames, missing = _fill(decode, video, view, request.policy)
         if missing:
-            raise damaged(min(missing), "it never comes out of the decoder")
+            raise damaged(min(missing), _NEVER)
         return Clip(
             frames=frames,
             view=view,
@@ -127,27 +223,55 @@ def decode_clip(data: bytes, request: ClipRequest, limits: DecodeLimits) -> Clip
         )
 
 
-def look(data: bytes, limits: DecodeLimits) -> Look:
-    """Look at a video: demux all of it and decode one frame.
+def _refuse_odd(info: VideoInfo, decoder: str) -> None:
+    """Leave to PyAV what other decoders are known to get wrong, or open by their own probing."""
+    every_key = info.num_key_frames == info.num_packets > 1 and info.codec not in _ALL_KEYS
+    if info.container not in _PLAIN_CONTAINERS or not (info.upright and info.closed) or every_key:
+        raise ClipError(
+            RowStatus.DECODE_ERROR,
+            f"{decoder} is not believed with rotated videos, open groups of pictures, key frames "
+            f"alone and containers other than {' and '.join(_PLAIN_CONTAINERS)}: use "
+            "decode.backend auto",
+        )
+
+
+def look(data: bytes, request: LookRequest, limits: DecodeLimits) -> Look:
+    """Say what a video is, how some of its frames decode, and what FFmpeg warns of meanwhile.
 
     Args:
         data: The whole encoded video.
-        limits: Bounds on what it may be.
-
-    Raises:
-        ClipError: `decode_error` or `decode_limit`.
+        request: Which frames.
+        limits: Bounds; the backend is PyAV whatever they say.
     """
-    info = inspect(data, limits)
-    steps = info.num_frames - 1
-    last = info.pts_seconds[-1] / steps if steps and info.pts_seconds[-1] else 1 / 25
-    return Look(
-        container=info.container,
-        codec=info.codec,
-        height=info.height,
-        width=info.width,
-        num_frames=info.num_frames,
-        seconds=info.pts_seconds[-1] + last,
-    )
+    said: list[str] = []
+    info: VideoInfo | None = None
+    failure: DecodeFailure | None = None
+    frames: list[FrameLook] = []
+    try:
+        with open_video(data, limits, said=said) as video:
+            info = video.info
+            wanted = request.indices
+            indices = _spread(info.num_frames) if wanted is None else wanted
+            frames += [FrameLook(index=i, flaw=_flaw(video, i)) for i in indices]
+    except ClipError as error:
+        failure = DecodeFailure(status=error.status, message=error.message)
+    lines = tuple(shown(line) for line in said)
+    return Look(info=info, failure=failure, frames=tuple(frames), said=lines)
+
+
+def _spread(num_frames: int) -> list[int]:
+    """Some frames from the first to the last."""
+    count = min(_LOOKED_AT, num_frames)
+    return [i * (num_frames - 1) // max(count - 1, 1) for i in range(count)]
+
+
+def _flaw(video: Video, index: int) -> str:
+    """Why a frame cannot be had by itself; empty if it can."""
+    try:
+        found = [number for number, _ in video.frames([index])]
+    except ClipError as error:
+        return error.message
+    return "" if found else damaged(index, _NEVER).message
 
 
 def _draw(info: VideoInfo, request: ClipRequest, there: Sequence[int]) -> ClipView:
@@ -187,7 +311,7 @@ def _decodable(decode: Decoder, video: Video, view: ClipView) -> ClipView:
         except ClipError as error:
             flaw = flaw or error
     if not there:
-        raise flaw or damaged(view.frame_indices[0], "it never comes out of the decoder")
+        raise flaw or damaged(view.frame_indices[0], _NEVER)
     return replace(view, frame_indices=tuple(there))
 
 
@@ -209,12 +333,21 @@ def _fill(
 def _positions(
     starts: np.ndarray[Any, np.dtype[np.float64]], info: VideoInfo, asked: Sequence[int]
 ) -> list[int]:
-    """Decord's numbers of the frames that start when ours do (its times are float32)."""
-    times = np.array([info.start_seconds + info.pts_seconds[index] for index in asked])
-    distance = np.abs(starts[None] - times[:, None])
-    nearest = distance.argmin(1)
-    close = distance.min(1) <= 1e-3 + 1e-6 * np.abs(times)
-    if not close.all() or len(set(nearest.tolist())) < len(asked):
+    """Decord's numbers of the frames that start when ours do (its times are float32).
+
+    All shown frames must be among its frames, asked for or not: where its clock starts
+    elsewhere, some of them would still be found, and be others.
+    """
+    order = np.argsort(starts, kind="stable")
+    ascending = starts[order]
+    times = info.start_seconds + np.array(info.pts_seconds)
+    after = np.clip(np.searchsorted(ascending, times), 1, max(len(starts) - 1, 1))
+    nearest = np.minimum(after, len(starts) - 1)
+    before = np.maximum(nearest - 1, 0)
+    closer = np.abs(ascending[before] - times) <= np.abs(ascending[nearest] - times)
+    nearest = np.where(closer, before, nearest)
+    close = np.abs(ascending[nearest] - times) <= 1e-3 + 1e-6 * np.abs(times)
+    if not close.all() or len(set(nearest.tolist())) < len(times):
         words = "decord's time stamps do not name the frames that are shown"
         raise ClipError(RowStatus.DECODE_ERROR, words)
-    return [int(position) for position in nearest]
+    return [int(order[nearest[index]]) for index in asked]

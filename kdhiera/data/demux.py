@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 import av
+from av.bitstream import BitStreamFilterContext
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
@@ -23,6 +24,7 @@ from kdhiera.data.containers import CODECS, sniff
 from kdhiera.views import RowStatus
 
 _NOT_MOVING = Disposition.attached_pic | Disposition.timed_thumbnails
+_PICTURES = ("mjpeg",)  # beside a stream of another codec a cover, whatever the file calls it
 _VP8_SHOWN_BIT = 0x10  # RFC 6386, 9.1: show_frame in the first byte of a frame
 _IO_BYTES = 2**18  # one call into Python a quarter megabyte
 
@@ -52,7 +54,7 @@ def open_file(data: bytes, limits: DecodeLimits) -> InputContainer:
 
 
 def video_stream(file: InputContainer) -> VideoStream:
-    """The first stream of moving pictures.
+    """The first stream of moving pictures that can be decoded; a cover is none.
 
     Raises:
         ClipError: `decode_error` if there is none, or none that may be decoded.
@@ -61,12 +63,17 @@ def video_stream(file: InputContainer) -> VideoStream:
     if not streams:
         kinds = ", ".join(sorted({s.type for s in file.streams})) or "nothing"
         raise ClipError(RowStatus.DECODE_ERROR, f"no video stream: the file holds {kinds}")
-    stream = streams[0]
+    decoded = [stream for stream in streams if _codec(stream) in CODECS]
+    if not decoded:
+        words = f"videos of codec {_codec(streams[0])} are not decoded"
+        raise ClipError(RowStatus.DECODE_ERROR, words)
+    return min(decoded, key=lambda stream: _codec(stream) in _PICTURES)  # of equals the first
+
+
+def _codec(stream: VideoStream) -> str:
+    """FFmpeg's name of the decoder of a stream."""
     context: VideoCodecContext | None = stream.codec_context  # None where FFmpeg knows no decoder
-    if context is None or context.name not in CODECS:
-        name = "unknown" if context is None else context.name
-        raise ClipError(RowStatus.DECODE_ERROR, f"videos of codec {name} are not decoded")
-    return stream
+    return "unknown" if context is None else context.name
 
 
 def read_packets(
@@ -82,15 +89,27 @@ def read_packets(
 
     Raises:
         ClipError: `decode_limit` if the headers claim too much, `decode_error` if they
-            promise packets beyond the end of the file.
+            promise packets beyond the end of the file, or if these are encrypted.
     """
     _check_claims(file, stream, limits)
     packets: list[Packet[VideoStream]] = []
     with suppress(IndexError):  # PyAV's flush at the end, if streams came up on the way
         packets += (packet for packet in file.demux(stream) if packet.size)
+    if any(packet.has_sidedata("encryption_info") for packet in packets):
+        raise ClipError(RowStatus.DECODE_ERROR, "the video is encrypted")
+    if _codec(stream) == "mpeg4":
+        packets = _unpack(packets, stream)
     if whole:
         _check_whole(stream, file.size)
     return packets
+
+
+def _unpack(
+    packets: Sequence[Packet[VideoStream]], stream: VideoStream
+) -> list[Packet[VideoStream]]:
+    """One packet a frame where DivX put two into one, and an empty one after it."""
+    split = BitStreamFilterContext("mpeg4_unpack_bframes", stream)
+    return [frame for packet in [*packets, None] for frame in split.filter(packet) if frame.size]
 
 
 def _check_claims(file: InputContainer, stream: VideoStream, limits: DecodeLimits) -> None:
@@ -99,6 +118,8 @@ def _check_claims(file: InputContainer, stream: VideoStream, limits: DecodeLimit
     if width * height > limits.max_frame_pixels:
         raise over(f"the video claims {width}x{height} px", "max_frame_pixels", limits)
     seconds = (file.duration or 0) / av.time_base
+    if file.format.name.startswith("matroska"):  # there it is the time of the end
+        seconds -= max(file.start_time or 0, 0) / av.time_base
     if stream.duration is not None and stream.time_base is not None:
         seconds = max(seconds, float(stream.duration * stream.time_base))
     if seconds > limits.max_duration_seconds:

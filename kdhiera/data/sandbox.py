@@ -36,8 +36,10 @@ from kdhiera.data.clip import (
     DecodeFailure,
     DecodeLimits,
     Look,
+    LookRequest,
     shown,
 )
+from kdhiera.data.confine import confine
 from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.views import RowStatus
 
@@ -47,11 +49,15 @@ _PR_SET_PDEATHSIG = 1
 _INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR")
 
 
+_Request = ClipRequest | LookRequest
+_Outcome = Clip | Look | DecodeFailure
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Job:
     data: bytes
-    request: ClipRequest | None  # None: only a look
-    future: Future[Any]
+    request: _Request
+    future: Future[Any]  # of a clip or a look, as was asked for, or of a failure
 
 
 class _LostError(Exception):
@@ -77,8 +83,7 @@ class Sandbox:
     def __init__(self, limits: DecodeLimits, *, num_children: int) -> None:
         if num_children < 1:
             raise UsageError(f"decoding needs at least 1 child process, got {num_children}")
-        if limits.backend == "decord" and importlib.util.find_spec("decord") is None:
-            raise UsageError("decode.backend is decord, which is not installed: use auto")
+        _check_installed(limits.backend)
         self._limits = limits
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -118,15 +123,19 @@ class Sandbox:
         """
         return self._queue(data, request)
 
-    def look(self, data: bytes) -> Future[Look | DecodeFailure]:
-        """Queue a look at a video: all of its packets, and its first frame; see `submit`.
+    def look(self, data: bytes, request: LookRequest) -> Future[Look | DecodeFailure]:
+        """Queue a look at a video; see `submit`.
 
         Args:
             data: The whole encoded video.
-        """
-        return self._queue(data, None)
+            request: Which frames of it, beside the first.
 
-    def _queue(self, data: bytes, request: ClipRequest | None) -> Future[Any]:
+        Returns:
+            Will hold what there is to say, or why a child could not say it.
+        """
+        return self._queue(data, request)
+
+    def _queue(self, data: bytes, request: _Request) -> Future[Any]:
         future: Future[Any] = Future()
         with self._lock:
             if self._closed:
@@ -162,15 +171,14 @@ class Sandbox:
                 job.future.set_result(result)
         self._drop(child)
 
-    def _decode(
-        self, child: _Child | None, job: _Job
-    ) -> tuple[_Child | None, Clip | Look | DecodeFailure]:
+    def _decode(self, child: _Child | None, job: _Job) -> tuple[_Child | None, _Outcome]:
         """Decode a job, starting a child where there is none that can."""
         tried = False
         while True:
-            if child is None or child.clips >= self._limits.clips_per_child or child.is_dead():
+            backend = self._backend(job.request)
+            if child is None or child.is_spent(backend):
                 self._drop(child)
-                child = self._start()
+                child = self._start(backend)
             try:
                 return child, child.ask(job.data, job.request, self._limits)
             except _LostError as lost:
@@ -182,11 +190,17 @@ class Sandbox:
                     return None, DecodeFailure(status=lost.status, message=shown(str(lost)))
                 tried = True
 
-    def _start(self) -> _Child:
+    def _backend(self, request: _Request) -> str:
+        """Who decodes a request; PyAV looks at videos."""
+        asked = None if isinstance(request, LookRequest) else request.replay_decoder
+        backend = asked or self._limits.backend
+        return "pyav" if backend == "auto" or isinstance(request, LookRequest) else backend
+
+    def _start(self, backend: str) -> _Child:
         with self._lock:
             if self._closed:
                 raise CancelledError
-            child = _Child(self._limits)
+            child = _Child(self._limits, backend)
             self._children.add(child)
         try:
             child.wait_until_ready()
@@ -207,11 +221,12 @@ class Sandbox:
 class _Child:
     """One decode process, as the thread that started it sees it (it dies with that thread)."""
 
-    def __init__(self, limits: DecodeLimits) -> None:
-        self.clips = 0
+    def __init__(self, limits: DecodeLimits, backend: str) -> None:
+        self._clips_left = limits.clips_per_child
+        self._backend = backend
         self._link, there = socket.socketpair()
         self._words = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
-        arguments = [there.fileno(), os.getpid(), limits.max_memory_bytes]
+        arguments = [there.fileno(), os.getpid(), limits.max_memory_bytes, backend]
         environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -237,27 +252,25 @@ class _Child:
             reason = shown(lines[-1]) if lines else str(error) or "no answer"
             raise KdhieraError(f"the decode process does not start: {reason}") from error
 
-    def is_dead(self) -> bool:
-        """Whether the process ended since the last clip."""
-        return self.process.poll() is not None
+    def is_spent(self, backend: str) -> bool:
+        """Whether the process has ended, did its share, or was started for another decoder."""
+        ended = self.process.poll() is not None
+        return ended or self._clips_left < 1 or self._backend != backend
 
-    def ask(
-        self, data: bytes, request: ClipRequest | None, limits: DecodeLimits
-    ) -> Clip | Look | DecodeFailure:
-        """Have one clip decoded, or a video looked at.
+    def ask(self, data: bytes, request: _Request, limits: DecodeLimits) -> _Outcome:
+        """Have one clip decoded, or one video looked at.
 
         Raises:
             _LostError: If the child hangs, dies or talks nonsense.
         """
-        self.clips += 1
+        self._clips_left -= 1
         try:
             wire.send(self._link, wire.pack_request(request, limits), data)
             fields, payload = wire.receive(self._link, limits.deadline_seconds)
             if "status" in fields:
-                status = RowStatus(fields["status"])
-                return DecodeFailure(status=status, message=shown(str(fields["message"])))
-            if request is None:
-                return wire.unpack_look(fields)
+                return wire.unpack_failure(fields)
+            if isinstance(request, LookRequest):
+                return wire.unpack_look(payload)
             return wire.unpack_clip(fields, payload, request.policy)
         except TimeoutError as error:
             words = f"no clip after decode.deadline_seconds ({limits.deadline_seconds:g} s)"
@@ -297,8 +310,8 @@ def serve(link: socket.socket) -> None:
         try:
             fields, data = wire.receive(link, None)
             request, limits = wire.unpack_request(fields)
-            if request is None:
-                return wire.pack_look(look(data, limits))
+            if isinstance(request, LookRequest):
+                return wire.pack_look(look(data, request, limits))
             return wire.pack_clip(decode_clip(data, request, limits))
         except wire.WireError:
             raise
@@ -321,9 +334,11 @@ def main(arguments: list[str]) -> None:
     """The child: bound to its parent's life, within its limits, deaf and dumb.
 
     Args:
-        arguments: File descriptor of the link, process id of the parent, address space in bytes.
+        arguments: File descriptor of the link, process id of the parent, address space in bytes,
+            name of the decoder.
     """
-    link, parent, max_memory_bytes = map(int, arguments)
+    link, parent, max_memory_bytes = map(int, arguments[:3])
+    backend = arguments[3]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before it could matter
@@ -331,19 +346,47 @@ def main(arguments: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the parent, which ends us
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    import kdhiera.data.decode  # noqa: F401 - before the limit, so that it can be compared
+    from kdhiera.data.decode import preload  # before the limit, so that it can be compared
 
+    plain = _address_space()
+    preload(backend)
     if sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        needed = pages * resource.getpagesize() + _HEADROOM_BYTES
+        needed = plain + _HEADROOM_BYTES
         if max_memory_bytes < needed:
             sys.exit(f"decode.max_memory_bytes is {max_memory_bytes}, at least {needed} are needed")
-        resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
+        limit = max_memory_bytes + _address_space() - plain  # torch comes on top
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     silence = os.open(os.devnull, os.O_WRONLY)
+    if not confine() and sys.platform == "linux" and backend != "pyav":
+        sys.exit(
+            f"this kernel cannot confine {backend}, which opens files: use decode.backend auto"
+        )
     os.dup2(silence, sys.stderr.fileno())  # decoders chatter
     os.close(silence)
     with socket.socket(fileno=link) as there:
         serve(there)
+
+
+def _address_space() -> int:
+    """Bytes that this process has mapped, 0 where that is not known."""
+    if sys.platform != "linux":
+        return 0
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def _check_installed(backend: str) -> None:
+    """Refuse a decoder that is not there.
+
+    Raises:
+        UsageError: With the way to get it.
+    """
+    if backend == "decord" and importlib.util.find_spec("decord") is None:
+        raise UsageError("decode.backend is decord, which is not installed: use auto")
+    if backend == "torchcodec" and importlib.util.find_spec("torchcodec") is None:
+        raise UsageError(
+            "decode.backend is torchcodec, which is not installed: pip install "
+            "'kdhiera[torchcodec]', and FFmpeg's shared libraries with it, or use auto"
+        )
 
 
 if __name__ == "__main__":

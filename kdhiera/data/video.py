@@ -13,6 +13,8 @@ is none. All of it is PyAV; a second decoder (`kdhiera.data.decode`) borrows the
 
 from __future__ import annotations
 
+import itertools
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -28,7 +30,14 @@ from av.sidedata.sidedata import SideData
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from kdhiera.data.clip import ClipError, DecodeLimits, Frame, Turn, read_display_matrix
+from kdhiera.data.clip import (
+    ClipError,
+    DecodeLimits,
+    Frame,
+    Turn,
+    VideoInfo,
+    read_display_matrix,
+)
 from kdhiera.data.containers import sniff
 from kdhiera.data.demux import open_file, order_by_time, over, read_packets, video_stream
 from kdhiera.data.h264 import is_disposable, length_bytes
@@ -39,36 +48,12 @@ from kdhiera.views import RowStatus
 _NOT_STRICT = ("h264",)
 _DAMAGE = ("concealing", "Frame num gap")  # to FFmpeg, information for debugging
 _HARMLESS = ("A non-intra slice in an IDR NAL unit",)
-_TOO_LARGE = "exceeds specified max pixel count"
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoInfo:
-    """What a video is, as far as it shows when one frame is decoded.
-
-    Args:
-        container: FFmpeg's demuxer.
-        codec: FFmpeg's decoder.
-        pix_fmt: Pixel format of the decoded frames.
-        height: Pixels of the upright frame.
-        width: Pixels of the upright frame.
-        num_frames: Frames that are shown.
-        pts_seconds: Time of every shown frame after the first one.
-        start_seconds: Time of the first shown frame on the container's clock.
-        upright: Whether frames are stored as they are shown: not turned, not mirrored.
-        closed: Whether no frame is decoded after a key frame and shown before it.
-    """
-
-    container: str
-    codec: str
-    pix_fmt: str
-    height: int
-    width: int
-    num_frames: int
-    pts_seconds: tuple[float, ...]
-    start_seconds: float
-    upright: bool
-    closed: bool
+# What h264's decoder says of a stream that was cut out of a longer one and begins with a picture
+# that needs nothing before it: a number is not the expected one, what to forget is not known.
+_AT_A_CUT, _AFTER_A_CUT = "Frame num gap", "mmco: unref short failure"
+_MOST_LINES = 1000
+_MISS_REFERENCES = ("h264", "hevc")  # their decoders say so where a reference is not there
+_TOO_LARGE = re.compile(r"exceeds specified max pixel|Picture size \d{4,}x\d{4,} is invalid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +70,24 @@ class Video:
         data: The whole encoded video.
         limits: Bounds on what it may be.
         salvage: Take a file that is cut short for what is left of it.
+        said: Takes FFmpeg's warnings while decoding.
 
     Raises:
         ClipError: `decode_error` or `decode_limit`.
         av.error.FFmpegError: If FFmpeg cannot read the file.
     """
 
-    def __init__(self, data: bytes, limits: DecodeLimits, *, salvage: bool = False) -> None:
+    def __init__(
+        self, data: bytes, limits: DecodeLimits, *, salvage: bool, said: list[str]
+    ) -> None:
         self.data = data
         self._limits = limits
+        self._said = said
         self._errors: list[str] = []
         self._file = open_file(data, limits)
         try:
             stream = video_stream(self._file)
+            self.stream_index = stream.index
             self._codec = stream.codec_context
             self._packets = read_packets(self._file, stream, limits, whole=not salvage)
             self._prepare(stream, sniff(data))
@@ -112,6 +102,8 @@ class Video:
     def _prepare(self, stream: VideoStream, container: str) -> None:
         """Find order, time stamps, size and rotation."""
         codec, limits = self._codec, self._limits
+        if not self._packets:
+            raise ClipError(RowStatus.DECODE_ERROR, "the video stream holds no frame")
         for number, packet in enumerate(self._packets):
             packet.opaque = _Mark(number)
         codec.copy_opaque = True  # so that a frame names the packet that it came from
@@ -147,6 +139,8 @@ class Video:
             start_seconds=start,
             upright=self._turn == Turn(),
             closed=all(self._entry(packet) == self._key(packet) for packet in self._order),
+            num_packets=len(self._packets),
+            num_key_frames=len(self._keys),
         )
 
     def _seconds(self, stream: VideoStream) -> tuple[float, tuple[float, ...]]:
@@ -161,7 +155,7 @@ class Video:
 
     def _order_by_decoding(self) -> list[int]:
         """Packets of the frames as they come out: the only way where time stamps are wrong."""
-        outputs = self._outputs(0, len(self._packets) - 1)
+        outputs = self._outputs(0, len(self._packets) - 1, leading=True)
         return list(dict.fromkeys(number for number, _ in outputs))
 
     def _first_frame(self) -> VideoFrame:
@@ -169,28 +163,33 @@ class Video:
         for key in self._keys:
             for _, frame in self._outputs(key, key):
                 return frame
-        for _, frame in self._outputs(0, len(self._packets) - 1):
+        for _, frame in self._outputs(0, len(self._packets) - 1, leading=True):
             return frame
         reason = self._errors[0] if self._errors else "the decoder gives none"
         raise ClipError(RowStatus.DECODE_ERROR, f"no frame can be decoded: {reason}")
 
     def _outputs(
-        self, first: int, last: int, asked: set[int] | None = None
+        self, first: int, last: int, asked: set[int] | None = None, *, leading: bool = False
     ) -> Iterator[tuple[int, VideoFrame]]:
         """Decode the packets `first` to `last`, drain, and give (packet number, frame).
 
         Frames that no other is predicted from are left out unless they are in `asked`;
-        without `asked` all are decoded. Errors are collected in `self._errors`.
+        without `asked` all are decoded. Frames that are shown before the first one are left
+        out unless `leading`: they may be predicted from what is not decoded. Errors are
+        collected in `self._errors`.
         """
         codec = self._codec
         codec.flush_buffers()
         self._errors.clear()
         last_out: VideoFrame | None = None
-        shown_from = self._rank.get(first, -1) if first else -1
+        shown_from = -1 if leading else self._rank.get(first, -1)
+        begins = self._packets[first].is_keyframe
+        sure = begins or codec.name in _MISS_REFERENCES
+        harmless: tuple[str, ...] = _HARMLESS
         for number in range(first, last + 2):
             packet = self._packets[number] if number <= last else None  # None drains
             if self._rank.get(number, shown_from) < shown_from:
-                continue  # shown before the key frame and predicted from what was not decoded
+                continue
             if packet is not None and packet.is_corrupt:
                 self._errors.append("its packet is cut short")
             skippable = asked is not None and number not in asked
@@ -204,15 +203,24 @@ class Video:
                 except FFmpegError as error:
                     frames = []
                     self._errors.append(_words(error, log))
-            lines = [line for line in _lines(log) if not line.startswith(_HARMLESS)]
-            if any(_TOO_LARGE in line for line in lines):
+            if _is_too_large(log):
                 raise over("a frame has more pixels", "max_frame_pixels", self._limits)
+            _note(self._said, log)
+            lines = [line for line in _lines(log) if not line.startswith(harmless)]
+            if (
+                number == 0
+                and begins
+                and lines
+                and all(line.startswith(_AT_A_CUT) for line in lines)
+            ):
+                lines, harmless = [], (*_HARMLESS, _AFTER_A_CUT)
             self._errors += lines
             for frame in frames:
                 if packet is None and last_out is not None and _same_picture(frame, last_out):
                     continue  # MPEG-4's decoder repeats its last picture when it is drained
                 last_out = frame
-                if isinstance(frame.opaque, _Mark):
+                sure = sure or frame.key_frame  # else predicted from what the decoder last saw
+                if sure and isinstance(frame.opaque, _Mark):
                     yield frame.opaque.number, frame
 
     def _is_disposable(self, packet: Packet[VideoStream]) -> bool:
@@ -241,9 +249,9 @@ class Video:
         for packet in sorted(missing):
             groups.setdefault(self._entry(packet), []).append(packet)
         for entry, packets in groups.items():
-            for start in self._starts(entry):
+            for start, leading in self._starts(entry):
                 left = [packet for packet in packets if packet in missing]
-                for packet, frame in self._search(start, left):
+                for packet, frame in self._search(start, left, leading=leading):
                     missing.discard(packet)
                     yield self._rank[packet], self._pixels(frame)
 
@@ -259,24 +267,31 @@ class Video:
         at = bisect_right(self._keys, packet) - 1
         return self._keys[at] if at > 0 else 0
 
-    def _starts(self, entry: int) -> list[int]:
-        """Where to try decoding from: not every packet that is called a key frame is one."""
+    def _starts(self, entry: int) -> list[tuple[int, bool]]:
+        """Where to try decoding from, and whether with the frames that are shown before that.
+
+        Not every packet that is called a key frame is one, and a file may begin with frames
+        that are predicted from what was cut off before them.
+        """
         at = bisect_right(self._keys, entry) - 1
         before = self._keys[at - 1] if at > 0 else 0
-        return sorted({entry, before, 0}, reverse=True)
+        starts = [(start, False) for start in sorted({entry, before, 0}, reverse=True)]
+        return [*starts, (0, True)] if self._rank.get(0, 0) else [*starts[:-1], (0, True)]
 
-    def _search(self, start: int, packets: list[int]) -> Iterator[tuple[int, VideoFrame]]:
+    def _search(
+        self, start: int, packets: list[int], *, leading: bool
+    ) -> Iterator[tuple[int, VideoFrame]]:
         """Decode from `start` on for the frames of `packets`, which are in decode order.
 
-        An error is the video's only when decoding began at its beginning; before that the
+        An error is the video's only when decoding began at its very beginning; before that the
         search just ends.
         """
         if not packets:
             return
         asked, rank, trusted = set(packets), -1, start == 0
-        for number, frame in self._outputs(start, packets[-1], set(packets)):
+        for number, frame in self._outputs(start, packets[-1], set(packets), leading=leading):
             trusted = trusted or (number == start and frame.key_frame)
-            if not trusted or (start > 0 and (self._errors or frame.is_corrupt)):
+            if not trusted or (not leading and (self._errors or frame.is_corrupt)):
                 return
             last, rank = rank, self._rank.get(number, rank)
             if rank < last and self._in_decode_order:
@@ -286,7 +301,7 @@ class Video:
                 self._check(frame, rank)
                 asked.discard(number)
                 yield number, frame
-        if asked and self._errors and start == 0:
+        if asked and self._errors and leading:
             raise damaged(self._rank[min(asked)], self._errors[0])
 
     def _check(self, frame: VideoFrame, index: int) -> None:
@@ -306,13 +321,16 @@ class Video:
 
 
 @contextmanager
-def open_video(data: bytes, limits: DecodeLimits, *, salvage: bool = False) -> Iterator[Video]:
+def open_video(
+    data: bytes, limits: DecodeLimits, *, salvage: bool = False, said: list[str] | None = None
+) -> Iterator[Video]:
     """A demuxed video to decode from; what FFmpeg raises meanwhile is put in words.
 
     Args:
         data: The whole encoded video.
         limits: Bounds on what it may be.
         salvage: Take a file that is cut short for what is left of it.
+        said: Takes FFmpeg's warnings.
 
     Yields:
         The video, open until the block ends.
@@ -323,15 +341,24 @@ def open_video(data: bytes, limits: DecodeLimits, *, salvage: bool = False) -> I
     level, skip_repeated = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.DEBUG)
     av.logging.set_skip_repeated(False)
+    said = [] if said is None else said
     try:
-        with Capture() as log, closing(Video(data, limits, salvage=salvage)) as video:
+        with (
+            Capture() as log,
+            closing(Video(data, limits, salvage=salvage, said=said)) as video,
+        ):
             yield video
+    except ClipError as error:
+        if error.status is RowStatus.DECODE_ERROR and _is_too_large(log):  # and so not opened
+            raise over("a frame has more pixels", "max_frame_pixels", limits) from error
+        raise
     except MemoryError as error:  # FFmpeg's is one too
         words = f"decoding needs more than decode.max_memory_bytes ({limits.max_memory_bytes})"
         raise ClipError(RowStatus.DECODE_LIMIT, words) from error
     except FFmpegError as error:
         raise ClipError(RowStatus.DECODE_ERROR, _words(error, log)) from error
     finally:
+        _note(said, log)
         av.logging.set_level(level)
         av.logging.set_skip_repeated(skip_repeated)
 
@@ -355,6 +382,16 @@ def _same_picture(one: VideoFrame, other: VideoFrame) -> bool:
     return one.planes[0].buffer_ptr == other.planes[0].buffer_ptr
 
 
+def _note(said: list[str], log: Sequence[tuple[int, str, str]]) -> None:
+    """Keep what FFmpeg warned of, as far as it can be read by people."""
+    lines = (
+        f"{name}: {message.strip()}"
+        for level, name, message in log
+        if level <= av.logging.WARNING or message.startswith(_DAMAGE)
+    )
+    said += itertools.islice(lines, _MOST_LINES - len(said)) if len(said) < _MOST_LINES else ()
+
+
 def _lines(log: Sequence[tuple[int, str, str]]) -> list[str]:
     """What a decoder's log says of damage: errors, concealment, lost frames."""
     return [
@@ -362,6 +399,11 @@ def _lines(log: Sequence[tuple[int, str, str]]) -> list[str]:
         for level, _, message in log
         if level <= av.logging.ERROR or message.startswith(_DAMAGE)
     ]
+
+
+def _is_too_large(log: Sequence[tuple[int, str, str]]) -> bool:
+    """Whether a decoder refused a frame for its size."""
+    return any(_TOO_LARGE.search(message) for _, _, message in log)
 
 
 def _words(error: FFmpegError, log: Sequence[tuple[int, str, str]]) -> str:

@@ -18,8 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from kdhiera.data.clip import Clip, ClipRequest, DecodeLimits, Look, checksum
-from kdhiera.views import ClipView, CropPolicy, FramePolicy, ViewPolicy
+from kdhiera.data.clip import (
+    Clip,
+    ClipRequest,
+    DecodeFailure,
+    DecodeLimits,
+    FrameLook,
+    Look,
+    LookRequest,
+    VideoInfo,
+    checksum,
+    shown,
+)
+from kdhiera.views import ClipView, CropPolicy, FramePolicy, RowStatus, ViewPolicy
 
 _LINE_BYTES = 2**20  # a longer message is nonsense
 _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
@@ -123,16 +134,18 @@ def _read_all(file: int, num_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def pack_request(request: ClipRequest | None, limits: DecodeLimits) -> Fields:
-    """A request, None for a mere look, and its limits as JSON can say them."""
-    return {"request": request and asdict(request), "limits": asdict(limits)}
+def pack_request(request: ClipRequest | LookRequest, limits: DecodeLimits) -> Fields:
+    """A request and its limits as JSON can say them."""
+    kind = "look" if isinstance(request, LookRequest) else "clip"
+    return {"kind": kind, "request": asdict(request), "limits": asdict(limits)}
 
 
-def unpack_request(fields: Fields) -> tuple[ClipRequest | None, DecodeLimits]:
+def unpack_request(fields: Fields) -> tuple[ClipRequest | LookRequest, DecodeLimits]:
     """Inverse of `pack_request`."""
-    request = fields["request"]
-    if request is None:
-        return None, DecodeLimits(**fields["limits"])
+    request, limits = fields["request"], DecodeLimits(**fields["limits"])
+    if fields["kind"] == "look":
+        indices = request["indices"]
+        return LookRequest(indices=None if indices is None else tuple(indices)), limits
     policy = request["policy"]
     policy |= {
         "frames": FramePolicy(policy["frames"]),
@@ -142,23 +155,44 @@ def unpack_request(fields: Fields) -> tuple[ClipRequest | None, DecodeLimits]:
     }
     replay = request["replay"]
     request |= {"policy": ViewPolicy(**policy), "replay": replay and _view(replay)}
-    return ClipRequest(**request), DecodeLimits(**fields["limits"])
+    return ClipRequest(**request), limits
+
+
+def pack_failure(failure: DecodeFailure) -> Fields:
+    """A failure as fields."""
+    return {"status": failure.status, "message": failure.message}
+
+
+def unpack_failure(fields: Fields) -> DecodeFailure:
+    """Inverse of `pack_failure`; the message is made printable."""
+    return DecodeFailure(status=RowStatus(fields["status"]), message=shown(str(fields["message"])))
 
 
 def pack_look(look: Look) -> tuple[Fields, bytes]:
-    """A look as fields, and no bytes."""
-    return {"look": asdict(look)}, b""
+    """A look as fields and bytes: a long video has more time stamps than a line may hold."""
+    return {}, json.dumps(asdict(look)).encode()
 
 
-def unpack_look(fields: Fields) -> Look:
+def unpack_look(payload: bytes) -> Look:
     """Inverse of `pack_look`.
 
     Raises:
         WireError: If the message is no look.
     """
     try:
-        return Look(**fields["look"])
-    except (TypeError, KeyError) as error:
+        look = json.loads(payload)
+        info, failure = look["info"], look["failure"]
+        if info is not None:
+            info = VideoInfo(**{**info, "pts_seconds": tuple(map(float, info["pts_seconds"]))})
+        return Look(
+            info=info,
+            failure=None if failure is None else unpack_failure(failure),
+            frames=tuple(
+                FrameLook(index=int(f["index"]), flaw=shown(str(f["flaw"]))) for f in look["frames"]
+            ),
+            said=tuple(shown(str(line)) for line in look["said"]),
+        )
+    except (ValueError, TypeError, KeyError) as error:
         raise WireError(f"a message that is no look ({error})") from error
 
 

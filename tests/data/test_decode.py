@@ -84,7 +84,7 @@ def test_pyav_and_decord_give_the_same_pixels(limits, request_clip):
 )
 def test_decord_is_not_asked_for_what_it_gets_wrong(kind, limits, request_clip):
     data = numbered.render(30, **kind)
-    with pytest.raises(ClipError, match="decord gives wrong frames") as caught:
+    with pytest.raises(ClipError, match="decord is not believed") as caught:
         decode_clip(data, request_clip(), limits(backend="decord"))
     assert caught.value.status is RowStatus.DECODE_ERROR
 

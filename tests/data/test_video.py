@@ -190,7 +190,7 @@ def test_only_what_the_frames_need_is_decoded(limits):
     decoded = []
     with open_video(data, limits()) as video:
         outputs = video._outputs
-        video._outputs = lambda *args: (decoded.append(args[:2]), outputs(*args))[1]
+        video._outputs = lambda *args, **how: (decoded.append(args[:2]), outputs(*args, **how))[1]
         assert sorted(index for index, _ in video.frames([40, 41, 110])) == [40, 41, 110]
     assert sum(last - first + 1 for first, last in decoded) <= 2 * 12
 

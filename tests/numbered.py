@@ -16,6 +16,7 @@ import av
 import numpy as np
 
 COLUMNS, ROWS = 6, 3
+LUMA = (0.299, 0.587, 0.114)
 TOP = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (128, 128, 128))
 
 
@@ -48,10 +49,12 @@ def centres(frame: np.ndarray) -> np.ndarray:
     )
 
 
-def number(frame: np.ndarray) -> int:
+def number(frame: np.ndarray, *, grey: bool = False) -> int:
     """The number that an upright whole frame says; fails where the frame is not one of ours."""
     seen = centres(frame)
     top = np.array(TOP, float)
+    if grey:
+        top = np.repeat((top @ LUMA)[:, None], 3, 1)
     assert np.abs(seen[0] - top).max() < 60, f"top row {seen[0].round()}"
     bits = seen[1:].mean(-1).reshape(-1)
     assert np.minimum(abs(bits - 40), abs(bits - 215)).max() < 50, f"bits {bits.round()}"
@@ -78,6 +81,7 @@ def render(
     rotation: int | None = None,
     audio: bool = False,
     container_options: dict[str, str] | None = None,
+    aspect: Fraction | None = None,
     draw: Callable[[int, int, int], np.ndarray] = picture,
 ) -> bytes:
     """A video of `count` numbered frames; `size` is (width, height)."""
@@ -92,6 +96,8 @@ def render(
         stream.options = dict(options or {})
         if pts is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
         if rotation is not None:
             stream.set_display_rotation(rotation)
         sound = (
@@ -104,11 +110,12 @@ def render(
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
         if sound is not None:
-            file.mux(_silence(sound, seconds=count / rate))
+            file.mux(silence(sound, seconds=count / rate))
     return out.getvalue()
 
 
-def _silence(stream: av.AudioStream, seconds: float) -> list[av.Packet]:
+def silence(stream: av.AudioStream, seconds: float) -> list[av.Packet]:
+    """Packets of a silent sound stream."""
     packets = []
     samples = int(48000 * seconds)
     for start in range(0, samples, 1024):
@@ -125,7 +132,7 @@ def audio_only(container: str = "mp4") -> bytes:
     out = io.BytesIO()
     with av.open(out, "w", format=container) as file:
         stream = file.add_stream("aac", rate=48000)
-        file.mux(_silence(stream, 1.0))
+        file.mux(silence(stream, 1.0))
     return out.getvalue()
 
 

@@ -1,0 +1,520 @@
+"""Failures injected by signal into the installed command, at random instants.
+
+    calm run -> what every part should hold
+    run, failure at a random instant -> every part that is committed holds exactly that
+    ... the same command again, until one gets through -> all parts are there and hold that
+
+Every trial is a row of `benchmarks/results/faults.json`: what was done to which process, when
+after the first byte was written, how the command ended, and whether the digests are equal. The
+file is written after every trial. `python -m benchmarks.faults --minutes 30 --trials 20`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import yaml
+
+from benchmarks.report import RESULTS
+from kdhiera.cache.arrays import read_array
+from kdhiera.cache.commit import Cache
+from kdhiera.cache.layout import column_group
+from kdhiera.cache.quarantine import given_up
+
+SHARDS, CLIPS, VIEWS = 12, 6, 2
+WAIT_SECONDS = 300.0
+Row = dict[str, Any]
+COMMAND = (sys.executable, "-c", "from kdhiera.cli import main; main()", "extract-teachers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Campaign:
+    """What all trials share.
+
+    Args:
+        folder: Where everything lies.
+        config: The run's YAML file.
+        calm: Digest of every part of an undisturbed run.
+        work_seconds: From its first part to its last commit.
+    """
+
+    folder: Path
+    config: Path
+    calm: dict[str, str]
+    work_seconds: float
+
+    def start(self, cache: Path, *overrides: str) -> subprocess.Popen[bytes]:
+        """The command on a cache, in a process group of its own."""
+        return subprocess.Popen(
+            [*COMMAND, str(self.config), f"cache.dir={cache}", *overrides],
+            stdout=subprocess.DEVNULL,
+            stderr=(self.folder / "errors.txt").open("wb"),
+            start_new_session=True,
+        )
+
+    def errors(self) -> str:
+        """What the last command said."""
+        return (self.folder / "errors.txt").read_text(errors="replace")
+
+    def equal(self, cache: Path, *, whole: bool) -> bool:
+        """Whether the committed parts hold what they should, and whether all are there."""
+        found = digests(cache)
+        same = all(self.calm.get(part) == digest for part, digest in found.items())
+        return same and (not whole or found.keys() == self.calm.keys())
+
+
+def digests(cache: Path) -> dict[str, str]:
+    """A hash of all that a reader gets from every committed part."""
+    if not (cache / "cache.json").exists():
+        return {}
+    opened = Cache.open(cache)
+    found = {}
+    for part, commits in sorted(opened.commits().items()):
+        digest = hashlib.sha256()
+        for row in opened.rows(commits.base):
+            digest.update(repr((row.uid, row.status, row.view, row.clip_crc32c)).encode())
+        for name in ("units", "scores", "pixels"):
+            digest.update(read_array(opened, commits.base, f"base.zarr/{name}").tobytes())
+        for column, commit in sorted(commits.columns.items()):
+            for name in ("codes", "status"):
+                array = read_array(opened, commit, f"{column_group(column)}/{name}")
+                digest.update(column.encode() + array.tobytes())
+        found[f"{part} {sorted(commits.columns)}"] = digest.hexdigest()
+    return found
+
+
+def prepare(folder: Path) -> Campaign:
+    """Make shards and a config, and run it undisturbed."""
+    rng = np.random.default_rng(0)
+    for number in range(SHARDS):
+        _write_shard(folder / f"shard-{number:02}.tar", [_clip(rng) for _ in range(CLIPS)])
+    config = folder / "faults.yaml"
+    config.write_text(yaml.safe_dump(_config(folder, "shard-*.tar")))
+    campaign = Campaign(folder=folder, config=config, calm={}, work_seconds=0.0)
+    calm = folder / "calm"
+    assert campaign.start(calm).wait() == 0, campaign.errors()
+    begun = min(f.stat().st_mtime for f in calm.glob("parts/*/*/*/base.zarr"))
+    work = max(f.stat().st_mtime for f in calm.glob("commits/*/*/*.json")) - begun
+    return Campaign(folder=folder, config=config, calm=digests(calm), work_seconds=work)
+
+
+def _config(folder: Path, shards: str) -> dict[str, Any]:
+    return {
+        "name": "faults",
+        "run_dir": str(folder / "run"),
+        "data": {"shards": [str(folder / shards)], "max_bad_fraction": 1.0},
+        "clip": {"num_frames": 8, "height": 64, "width": 64},
+        "views": {"num": VIEWS, "frame_stride": 2},
+        "teachers": {"pixels": {"kind": "pixels"}, "hog": {"kind": "hog"}},
+        "scores": {"teacher": "pixels", "source": "uniform"},
+        "masks": {"ratio": 0.5, "draws": 1},
+        "cache": {"dir": str(folder / "cache"), "encoding": "fp32"},
+        "extract": {"batch_size": 2, "device": "cpu", "max_attempts": 100},
+        "decode": {"num_children": 1},
+        "ray": {"enabled": False},
+    }
+
+
+def _clip(rng: np.random.Generator, *, white: bool = False) -> bytes:
+    """A short video of a noisy square that moves, or of nothing but white."""
+    out = BytesIO()
+    picture = rng.integers(0, 200, (32, 32, 3), dtype=np.uint8)
+    with av.open(out, "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=25)
+        stream.width = stream.height = 96
+        stream.pix_fmt = "yuv420p"
+        for i in range(24):
+            frame = np.full((96, 96, 3), 255 if white else 40, np.uint8)
+            if not white:
+                frame[i : i + 32, 2 * i : 2 * i + 32] = picture
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode(None))
+    return out.getvalue()
+
+
+def _write_shard(path: Path, clips: list[bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number, clip in enumerate(clips):
+            info = tarfile.TarInfo(f"{path.stem}-{number}.mp4")
+            info.size = len(clip)
+            tar.addfile(info, BytesIO(clip))
+
+
+def _attempts(cache: Path) -> int:
+    return sum(1 for _ in cache.glob("parts/*/*/*/attempt.json"))
+
+
+def _first_byte(process: subprocess.Popen[bytes], cache: Path, before: int) -> None:
+    """Wait until a run writes its first part."""
+    while process.poll() is None and _attempts(cache) <= before:
+        time.sleep(0.02)
+
+
+def _children(pid: int) -> list[int]:
+    """All processes below one."""
+    below: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        below.setdefault(parent, []).append(int(stat.parent.name))
+    found, waiting = [], [pid]
+    while waiting:
+        mine = below.get(waiting.pop(), [])
+        found += mine
+        waiting += mine
+    return found
+
+
+def _actors(pid: int) -> list[int]:
+    """Ray actors of a driver."""
+    found = []
+    for child in _children(pid):
+        try:
+            command = Path(f"/proc/{child}/cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if command.startswith(b"ray::_Actor"):
+            found.append(child)
+    return found
+
+
+def driver_killed(campaign: Campaign, rng: random.Random) -> Generator[Row, None, None]:
+    """SIGKILL of the driver and its decoding children at a random instant, again and again."""
+    yield from _struck(campaign, rng, "driver SIGKILL", signal.SIGKILL, {-signal.SIGKILL})
+
+
+def driver_terminated(campaign: Campaign, rng: random.Random) -> Generator[Row, None, None]:
+    """SIGTERM at a random instant: the resumable exit code."""
+    yield from _struck(campaign, rng, "driver SIGTERM", signal.SIGTERM, {75})
+
+
+def _struck(
+    campaign: Campaign, rng: random.Random, name: str, number: signal.Signals, ends: set[int]
+) -> Generator[Row, None, None]:
+    cache = campaign.folder / name.replace(" ", "-")
+    while True:
+        shutil.rmtree(cache, ignore_errors=True)
+        code = None
+        while code != 0:
+            started, before = time.monotonic(), _attempts(cache)
+            process = campaign.start(cache)
+            _first_byte(process, cache, before)
+            instant = rng.uniform(0.0, campaign.work_seconds)
+            _sleep(instant, process)
+            struck = process.poll() is None
+            if struck:
+                _send(process, number)
+            code = process.wait(WAIT_SECONDS)
+            equal = campaign.equal(cache, whole=code == 0)
+            yield {
+                "failure": name if struck else f"{name}: none, it got through",
+                "instant_seconds": instant if struck else None,
+                "exit_code": code,
+                "as_expected": (code in ends if struck else code == 0) and equal,
+                "digests_equal": equal,
+                "parts_committed": len(digests(cache)),
+                "seconds": time.monotonic() - started,
+            }
+
+
+def _send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """SIGKILL takes the whole group; other signals go to the driver alone."""
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+
+
+def _sleep(seconds: float, process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        time.sleep(0.01)
+
+
+def _out_of_memory(pid: int) -> None:
+    """Let a process have no more memory than it has."""
+    size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(pid, resource.RLIMIT_AS, (size, size))
+
+
+STRIKES: dict[str, Callable[[int], None]] = {
+    "actor SIGKILL": lambda pid: os.kill(pid, signal.SIGKILL),
+    "actor SIGSEGV": lambda pid: os.kill(pid, signal.SIGSEGV),
+    "actor out of memory": _out_of_memory,
+    "actor hangs (SIGSTOP)": lambda pid: os.kill(pid, signal.SIGSTOP),
+}
+
+
+def actors_struck(campaign: Campaign, rng: random.Random) -> Generator[Row, None, None]:
+    """Ray actors struck one after another while a run goes on: it must end as if nothing was."""
+    cache = campaign.folder / "actors"
+    kinds = ["actor SIGKILL"] * 8 + list(STRIKES)[1:]
+    while True:
+        shutil.rmtree(cache, ignore_errors=True)
+        started = time.monotonic()
+        process = campaign.start(
+            cache, "ray.enabled=true", "extract.num_actors=1", "extract.stall_seconds=25"
+        )
+        rows: list[Row] = []
+        _first_byte(process, cache, 0)
+        while process.poll() is None and len(rows) < 8:
+            victims = _actors(process.pid)
+            if not victims:
+                _sleep(0.2, process)
+                continue
+            instant = rng.uniform(0.0, 1.5 * campaign.work_seconds)
+            _sleep(instant, process)
+            name = rng.choice(kinds)
+            try:
+                STRIKES[name](victims[0])
+            except (ProcessLookupError, FileNotFoundError):
+                continue
+            rows.append({"failure": name, "instant_seconds": instant})
+            while process.poll() is None and victims[0] in _actors(process.pid):
+                _sleep(0.2, process)
+                if name == "actor out of memory" and time.monotonic() - started > 120:
+                    break  # it had all the memory that it needs
+        code = process.wait(WAIT_SECONDS)
+        equal = campaign.equal(cache, whole=True)
+        for row in rows:
+            yield {
+                **row,
+                "exit_code": code,
+                "as_expected": code == 0 and equal,
+                "digests_equal": equal,
+                "parts_committed": len(digests(cache)),
+                "seconds": (time.monotonic() - started) / max(len(rows), 1),
+            }
+
+
+def deadly_shard(campaign: Campaign, rng: random.Random) -> Generator[Row, None, None]:
+    """A shard that kills every actor that works on it: the others are done, and it is named."""
+    folder = campaign.folder / "deadly"
+    folder.mkdir(exist_ok=True)
+    noise = np.random.default_rng(1)
+    for number in range(3):
+        white = number == 1
+        clips = [_clip(noise, white=white) for _ in range(2)]
+        _write_shard(folder / f"shard-{number}.tar", clips)
+    while True:
+        how = rng.choice(["SIGKILL", "SIGSEGV", "SIGABRT"])
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        values = _config(folder, "shard-*.tar")
+        values["teachers"]["deadly"] = {
+            "kind": "module",
+            "factory": "benchmarks.deadly:build",
+            "options": {"how": how},
+            "layers": ["1"],
+            "precision": "fp32",
+        }
+        values["views"]["num"] = 1
+        values["extract"]["max_attempts"] = 2
+        values["ray"] = {"enabled": True}
+        config = folder / "deadly.yaml"
+        config.write_text(yaml.safe_dump(values))
+        started = time.monotonic()
+        with (campaign.folder / "errors.txt").open("wb") as errors:
+            code = subprocess.run(
+                [*COMMAND, str(config)],
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                check=False,
+            ).returncode
+        cache = Cache.open(folder / "cache")
+        done = sorted(part.shard_id.rpartition("-")[0] for part in cache.commits())
+        named = sorted(part.shard_id.rpartition("-")[0] for part in given_up(cache))
+        right = done == ["shard-0", "shard-2"] and named == ["shard-1"]
+        yield {
+            "failure": f"a shard that kills every actor ({how})",
+            "instant_seconds": None,
+            "exit_code": code,
+            "as_expected": code == 5 and right,
+            "digests_equal": None,
+            "parts_committed": len(done),
+            "given_up": named,
+            "seconds": time.monotonic() - started,
+        }
+
+
+def node_lost(campaign: Campaign, rng: random.Random) -> Generator[Row, None, None]:
+    """One of two nodes of a local Ray cluster dies at a random instant."""
+    cache = campaign.folder / "nodes"
+    script = campaign.folder / "nodes.py"
+    script.write_text(_NODES)
+    while True:
+        shutil.rmtree(cache, ignore_errors=True)
+        started = time.monotonic()
+        instant = rng.uniform(0.0, campaign.work_seconds)
+        with (campaign.folder / "errors.txt").open("wb") as errors:
+            code = subprocess.run(
+                [sys.executable, str(script), str(cache), f"{instant}", *COMMAND,
+                 str(campaign.config), f"cache.dir={cache}", "ray.enabled=true"],
+                stdout=subprocess.DEVNULL, stderr=errors, check=False,
+            ).returncode  # fmt: skip
+        equal = campaign.equal(cache, whole=True)
+        yield {
+            "failure": "node lost (one of two)",
+            "instant_seconds": instant,
+            "exit_code": code,
+            "as_expected": code == 0 and equal,
+            "digests_equal": equal,
+            "parts_committed": len(digests(cache)),
+            "seconds": time.monotonic() - started,
+        }
+
+
+_NODES = textwrap.dedent(
+    """
+    import os, pathlib, subprocess, sys, time
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    from ray.cluster_utils import Cluster
+
+    cache, instant, command = pathlib.Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
+    head = {"num_cpus": 1, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    node = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    process = subprocess.Popen([*command, f"ray.address={cluster.address}"])
+    while process.poll() is None and not list(cache.glob("parts/*/*/*/attempt.json")):
+        time.sleep(0.05)
+    time.sleep(instant)
+    cluster.remove_node(node, allow_graceful=False)
+    code = process.wait()
+    cluster.shutdown()
+    sys.exit(code)
+    """
+)
+
+
+def disk_full(campaign: Campaign, rng: random.Random) -> Generator[Row, None, None]:
+    """A file system that fills up after a random number of bytes, then has room again."""
+    disk = campaign.folder / "disk"
+    disk.mkdir(exist_ok=True)
+    needed = sum(f.stat().st_size for f in (campaign.folder / "calm").rglob("*") if f.is_file())
+    while True:
+        room = rng.randrange(needed // 20, needed)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(disk)],
+            check=False,
+            capture_output=True,
+        )
+        if mounted.returncode:
+            return  # not permitted here: `tests/cache/test_full_disk.py` says what else there is
+        try:
+            started = time.monotonic()
+            cache = disk / "cache"
+            code = campaign.start(cache).wait(WAIT_SECONDS)
+            words = campaign.errors().strip().splitlines()[-1:]
+            equal = campaign.equal(cache, whole=code == 0)
+            parts = len(digests(cache))
+            more = f"remount,size={10 * needed}"
+            subprocess.run(["mount", "-o", more, str(disk)], check=True)
+            resumed = campaign.start(cache).wait(WAIT_SECONDS)
+            whole = campaign.equal(cache, whole=True)
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+        yield {
+            "failure": "disk full",
+            "instant_seconds": None,
+            "room_bytes": room,
+            "exit_code": code,
+            "resumed_exit_code": resumed,
+            "as_expected": code in (0, 1) and resumed == 0 and equal and whole,
+            "digests_equal": equal and whole,
+            "parts_committed": parts,
+            "said": words,
+            "seconds": time.monotonic() - started,
+        }
+
+
+KINDS = {
+    "driver SIGKILL": driver_killed,
+    "actors struck": actors_struck,
+    "driver SIGTERM": driver_terminated,
+    "node lost": node_lost,
+    "deadly shard": deadly_shard,
+    "disk full": disk_full,
+}
+FEWER = {"node lost": 3, "deadly shard": 3, "disk full": 5}  # these take no random instant, or long
+
+
+def run(minutes: float = 40.0, trials: int = 20) -> None:
+    """Inject every kind of failure in turn, until the time or the trials are used up.
+
+    Args:
+        minutes: For all trials together.
+        trials: Of each kind that strikes at a random instant; fewer of the others.
+    """
+    end = time.monotonic() + 60 * minutes
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        campaign = prepare(Path(folder))
+        seeds = {name: number for number, name in enumerate(KINDS)}
+        going = {name: kind(campaign, random.Random(seeds[name])) for name, kind in KINDS.items()}
+        done: Counter[str] = Counter()
+        while going and time.monotonic() < end:
+            for name in list(going):
+                row = next(going[name], None) if time.monotonic() < end else None
+                if row is None:
+                    del going[name]
+                    continue
+                done[name] += 1
+                rows.append({"kind": name, "seed": seeds[name], "trial": done[name], **row})
+                _write(campaign, rows)
+                print(json.dumps(rows[-1]), flush=True)
+                if done[name] >= min(trials, FEWER.get(name, trials)):
+                    going.pop(name).close()
+        _print(rows)
+
+
+def _write(campaign: Campaign, rows: list[Row]) -> None:
+    whole = hashlib.sha256(json.dumps(campaign.calm, sort_keys=True).encode()).hexdigest()
+    content = {
+        "command": "python -m benchmarks faults",
+        "parts": len(campaign.calm),
+        "calm_digest": whole,
+        "calm_work_seconds": campaign.work_seconds,
+        "trials": Counter(row["failure"] for row in rows),
+        "not_as_expected": [row for row in rows if not row["as_expected"]],
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "faults.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _print(rows: list[Row]) -> None:
+    print("\nfaults")
+    for failure, count in Counter(row["failure"] for row in rows).items():
+        right = sum(row["as_expected"] for row in rows if row["failure"] == failure)
+        print(f"  {failure:<48} {right:3} of {count:3} as expected")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults")
+    parser.add_argument("--minutes", type=float, default=40.0)
+    parser.add_argument("--trials", type=int, default=20)
+    options = parser.parse_args()
+    run(options.minutes, options.trials)
