@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from kdhiera.errors import StoppedError
 
 
 @contextmanager
@@ -16,16 +18,36 @@ def stop_on_signals() -> Iterator[threading.Event]:
     Only the main thread may handle signals; in another one the event stays unset.
     """
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.set()
 
+    with _handled(handle):
+        yield stop
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """SIGTERM and SIGINT raise `StoppedError`, for what is harmless to stop anywhere.
+
+    Blocks of `stop_on_signals` within are for what is not.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise StoppedError("stopped: run the same command again to go on")
+
+    with _handled(handle):
+        yield
+
+
+@contextmanager
+def _handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

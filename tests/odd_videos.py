@@ -464,3 +464,17 @@ ODD: dict[str, Odd] = {
     ),
 }  # fmt: skip
 """By the words of the table in docs/decoding.md."""
+
+
+def outcome(odd: Odd) -> str:
+    """What the table in docs/decoding.md says of a video."""
+    if odd.status != "ok":
+        return f"`{odd.status}`: {odd.words}" if odd.words else f"`{odd.status}`"
+    if odd.never:
+        return f"right frames; the {len(odd.never)} that cannot be decoded are not drawn"
+    return "right frames, upright" if odd.turned else "right frames"
+
+
+def table() -> list[str]:
+    """Rows of the table, one a video."""
+    return [f"| {name} | {outcome(odd)} |" for name, odd in ODD.items()]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numbered
 import numpy as np
 import pytest
-from odd_videos import ODD
+from odd_videos import ODD, table
 
 from kdhiera.data.clip import Clip, ClipError
 from kdhiera.data.decode import decode_clip
@@ -60,6 +60,12 @@ def test_what_is_bad_becomes_a_status_with_its_reason(name, limits, request_clip
         assert ODD[name].words in caught.value.message
         assert caught.value.message
         assert caught.value.message.isprintable()
+
+
+def test_the_page_says_of_every_video_what_becomes_of_it():
+    lines = PAGE.read_text().splitlines()
+    start = lines.index("| video | becomes |") + 2
+    assert lines[start : start + len(ODD)] == table()
 
 
 OTHERS = [

@@ -359,3 +359,14 @@ def test_a_child_loads_no_learning_library(module):
 def test_wrong_pools_are_the_users_mistake(limits):
     with pytest.raises(UsageError, match="at least 1"):
         Sandbox(limits(), num_children=0)
+
+
+def test_a_decoder_that_is_not_installed_is_one_sentence(limits, monkeypatch):
+    monkeypatch.setattr(sys, "path", [])  # where nothing is installed
+    monkeypatch.delitem(sys.modules, "decord", raising=False)
+    for backend, words in (
+        ("torchcodec", r"pip install 'kdhiera\[torchcodec\]'"),
+        ("decord", "auto"),
+    ):
+        with pytest.raises(UsageError, match=f"{backend}, which is not installed.*{words}"):
+            Sandbox(limits(backend=backend), num_children=1)

@@ -106,3 +106,47 @@ def test_two_nodes_share_the_work(make_config: MakeConfig, tmp_path: Path) -> No
     cache = Cache.open(Path(load(path).cache.dir))
     records = [cache.read_record(found.base) for found in cache.commits().values()]
     assert len({record["provenance"]["process"] for record in records}) == 2
+
+
+@pytest.mark.long
+def test_the_node_that_is_left_does_the_work_of_one_that_is_lost(
+    make_config: MakeConfig, usual_cache: Path, tmp_path: Path
+) -> None:
+    """Its actor has no room any more: an idle one must take over, long before `stall_seconds`."""
+    calm = make_config("calm", cache={"dir": str(usual_cache)})
+    path = make_config("lost", cache={"dir": str(tmp_path / "lost")}, ray={"enabled": True})
+    script = tmp_path / "lose.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, pathlib, subprocess, sys, time
+            os.environ["RAY_AUTH_MODE"] = "disabled"
+            from ray.cluster_utils import Cluster
+
+            head = {"num_cpus": 1, "include_dashboard": False}
+            cluster = Cluster(initialize_head=True, head_node_args=head)
+            node = cluster.add_node(num_cpus=1)
+            cluster.wait_for_nodes()
+            process = subprocess.Popen(
+                [sys.executable, "-c", sys.argv[2], "extract-teachers", sys.argv[1],
+                 f"ray.address={cluster.address}"]
+            )
+            begun = lambda: list(pathlib.Path(sys.argv[3]).glob("parts/*/*/*/attempt.json"))
+            while process.poll() is None and not begun():
+                time.sleep(0.05)
+            cluster.remove_node(node, allow_graceful=False)
+            code = process.wait()
+            cluster.shutdown()
+            sys.exit(code)
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(path), CLI, str(tmp_path / "lost")],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert pixels(path) == pixels(calm)
