@@ -229,10 +229,7 @@ def _struck(
                 _send(process, number)
             code = process.wait(WAIT_SECONDS)
             equal = campaign.equal(cache, whole=code == 0)
-<<<<<<< HEAD
-=======
             whole = campaign.equal(cache, whole=True)  # struck when all was done
->>>>>>> fire
             yield {
                 "failure": name if struck else f"{name}: none, it got through",
                 "instant_seconds": instant if struck else None,

@@ -60,24 +60,20 @@ def replay(
         typer.Option("--config", metavar="CONFIG", help="Whose shards and teachers to use."),
     ] = None,
     view: Annotated[int | None, typer.Option("--view", min=0, help="Only this view.")] = None,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Log everything, and print all that FFmpeg said.")
-    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run one sample through decoding and teachers again and compare it with what is stored.
 
     Says at every step what it finds, for good rows and bad ones; changes nothing. Without a
-    config, shards and teachers are those that the cache records. Exit code 1 if something does
-    not come out as it is stored.
+    config, shards and teachers are those that the cache records; --debug prints all that FFmpeg
+    said. Exit code 1 if something does not come out as it is stored.
     """
-    if debug:
-        logging.getLogger().setLevel(logging.DEBUG)
     url, run = _locate(cache)
     if config is not None:
         run = load(config)
     from kdhiera.stages.replay_key import replay_key
 
+    debug = logging.getLogger("kdhiera").isEnabledFor(logging.DEBUG)
     found = replay_key(url, key, config=run, view=view, debug=debug)
     emit(found, found.describe, as_json)
     if not found.same:
