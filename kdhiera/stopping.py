@@ -28,16 +28,26 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """SIGTERM and SIGINT raise `StoppedError`, for what is harmless to stop anywhere.
+    """End the block with an error on SIGTERM and SIGINT, where it is harmless to stop anywhere.
 
     Blocks of `stop_on_signals` within are for what is not.
+
+    Raises:
+        StoppedError: When such a signal comes.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
-        raise StoppedError("stopped: run the same command again to go on")
+        raise _SignalledError
 
-    with _handled(handle):
-        yield
+    try:
+        with _handled(handle):
+            yield
+    except _SignalledError:
+        raise StoppedError("stopped: run the same command again to go on") from None
+
+
+class _SignalledError(BaseException):
+    """No `Exception`: libraries swallow these while they are imported."""
 
 
 @contextmanager

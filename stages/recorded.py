@@ -45,7 +45,10 @@ def _recorded(cache: Cache) -> Iterator[tuple[str, RunConfig, Path]]:
     for column in sorted(made, key=lambda c: -float(made[c].get("time", 0.0))):
         raw = made[column]["config"]
         raw = {**raw, "cache": {**raw["cache"], "dir": cache.url}}
-        config = parse_run(raw, f"the config recorded with column {column}")
+        try:
+            config = parse_run(raw, f"the config recorded with column {column}")
+        except UsageError:  # of another version, with other keys
+            continue
         yield column, config, Path(made[column]["folder"])
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numbered
 import pytest
+from odd_videos import ODD
 
-from kdhiera.data.clip import Clip, DecodeFailure
+from kdhiera.data.clip import Clip, DecodeFailure, LookRequest
 from kdhiera.data.decode import decode_clip
 from kdhiera.data.ordered import decode_samples
 from kdhiera.data.sandbox import Sandbox
@@ -80,6 +81,21 @@ def test_a_child_gives_what_decoding_here_gives(limits, request_clip):
             assert (clip.view, clip.crc32c, clip.decoder) == (here.view, here.crc32c, here.decoder)
             replay = request_clip(9, replay=clip.view, replay_decoder=clip.decoder)
             assert (sandbox.submit(VIDEO, replay).result().frames == clip.frames).all()
+
+
+def test_a_look_says_what_a_video_is_and_how_its_frames_decode(limits):
+    with Sandbox(limits(), num_children=1) as sandbox:
+        look = sandbox.look(ODD["lost slices"].make(), LookRequest(indices=(0, 1, 20)))
+        assert (look.info.codec, look.info.num_frames, look.info.num_packets) == ("h264", 30, 30)
+        flaws = [bool(frame.flaw) for frame in look.frames]
+        assert flaws == [False, False, True]
+        assert any("h264: " in line for line in look.said)
+        assert all(line.isprintable() for line in look.said)
+        whole = sandbox.look(VIDEO, LookRequest())
+        assert [frame.index for frame in whole.frames] == [i * 29 // 15 for i in range(16)]
+        assert (whole.said, whole.failure) == ((), None)
+        none = sandbox.look(b"no video", LookRequest())
+        assert (none.info, none.failure.status) == (None, RowStatus.DECODE_ERROR)
 
 
 def test_failures_keep_their_status_and_words(limits, request_clip):

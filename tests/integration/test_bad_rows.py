@@ -195,12 +195,8 @@ def test_replay_says_of_every_row_whether_it_comes_out_as_stored(
 
 
 def test_replay_finds_what_does_not_come_out_as_stored(
-    config_of: Callable[..., RunConfig],
-    progress: Progress,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    config_of: Callable[..., RunConfig], progress: Progress, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(Path(__file__).parent)  # where the teacher's module is found again
     config = config_of(decode={"max_frame_pixels": 100 * 100})
     extract(config, progress=progress)
     url = config.cache.dir
@@ -209,13 +205,31 @@ def test_replay_finds_what_does_not_come_out_as_stored(
     assert "stored is decode_limit" in mended.describe()
     assert replay_key(url, "large", view=0).same  # with the limits that are recorded
     mood(tmp_path, "nan")
-    done = kdhiera("replay", url, "good1", "--view", "0", "--json")
-    assert done.returncode == 1, done.stderr
-    report = json.loads(done.stdout)
-    columns = report["rows"][0]["steps"]["teachers"]["columns"]
-    assert columns["moody.1.fp32"]["status"] == "nonfinite"
-    assert report["rows"][0]["steps"]["decode"]["same"]
+    (row,) = replay_key(url, "good1", view=0).to_json()["rows"]
+    assert not row["same"]
+    assert row["steps"]["decode"]["same"]
+    assert row["steps"]["teachers"]["columns"]["moody.1.fp32"]["status"] == "nonfinite"
     (tmp_path / "a.tar").unlink()
     gone = replay_key(url, "good1", view=0)
     assert not gone.same
     assert "not there" in gone.describe()
+
+
+@pytest.mark.long
+def test_the_commands_end_with_what_they_found(
+    config_of: Callable[..., RunConfig],
+    progress: Progress,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent)  # where the teacher's module is found again
+    config = config_of()
+    extract(config, progress=progress)
+    url = config.cache.dir
+    listed = kdhiera("cache", "bad", url, "--status", "too_short", "--json")
+    assert [bad["key"] for bad in json.loads(listed.stdout)["bad"]] == ["short", "short"]
+    assert kdhiera("replay", url, "good1", "--view", "0", "--debug").returncode == 0
+    assert kdhiera("replay", url, "nobody").returncode == 2
+    mood(tmp_path, "nan")
+    done = kdhiera("replay", url, "good1", "--view", "0", "--json")
+    assert (done.returncode, json.loads(done.stdout)["same"]) == (1, False)
