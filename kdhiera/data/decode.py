@@ -32,6 +32,7 @@ from kdhiera.data.clip import (
     shown,
 )
 from kdhiera.data.video import Video, damaged, open_video
+from kdhiera.data.wire import memory_file
 from kdhiera.errors import UsageError
 from kdhiera.views import ClipView, RowStatus, TooShortError, ViewPolicy, draw_view
 
@@ -154,7 +155,7 @@ class _Listener:
 
     def __enter__(self) -> _Listener:
         self._kept = os.dup(2)
-        self._words = os.memfd_create("kdhiera")
+        self._words = memory_file()
         os.dup2(self._words, 2)
         return self
 
