@@ -32,6 +32,7 @@ from kdhiera.data.clip import (
     shown,
 )
 from kdhiera.data.video import Video, damaged, open_video
+from kdhiera.data.wire import memory_file
 from kdhiera.errors import UsageError
 from kdhiera.views import ClipView, RowStatus, TooShortError, ViewPolicy, draw_view
 
@@ -69,13 +70,19 @@ def preload(backend: str) -> None:
     Raises:
         SystemExit: If it cannot be imported, with the reason.
     """
-    if backend == "torchcodec":
-        os.environ["TORCHCODEC_FFMPEG_LOG_LEVEL"] = "DEBUG"  # where it tells of concealment
-        try:
-            import torchcodec.decoders  # noqa: F401
-        except (ImportError, RuntimeError, OSError) as error:
-            lines = [line for line in str(error).splitlines() if line.strip()] or ["it fails"]
-            sys.exit(f"torchcodec cannot be loaded, it needs FFmpeg's shared libraries: {lines[0]}")
+    if backend != "torchcodec":
+        return
+    os.environ["TORCHCODEC_FFMPEG_LOG_LEVEL"] = "DEBUG"  # where it tells of lost frames
+    try:
+        from torchcodec.decoders import VideoDecoder
+
+        VideoDecoder(b"no video")  # FFmpeg is looked for only now
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, ImportError | OSError) or "libtorchcodec" in str(error):
+            sys.exit(
+                "decode.backend torchcodec finds no FFmpeg: install its shared libraries (apt "
+                "install ffmpeg), or use auto"
+            )
 
 
 def decode_decord(video: Video, indices: Sequence[int]) -> Iterator[tuple[int, Frame]]:
@@ -154,7 +161,7 @@ class _Listener:
 
     def __enter__(self) -> _Listener:
         self._kept = os.dup(2)
-        self._words = os.memfd_create("kdhiera")
+        self._words = memory_file()
         os.dup2(self._words, 2)
         return self
 

@@ -54,7 +54,7 @@ def send(link: socket.socket, fields: Fields, payload: bytes) -> None:
         WireError: If nobody is there to read.
     """
     line = json.dumps({**fields, "num_bytes": len(payload)}).encode() + b"\n"
-    file = _memory_file()
+    file = memory_file()
     try:
         _write_all(file, payload)
         sent = socket.send_fds(link, [line], [file])
@@ -106,7 +106,7 @@ def receive(link: socket.socket, timeout_seconds: float | None) -> tuple[Fields,
             os.close(file)
 
 
-def _memory_file() -> int:
+def memory_file() -> int:
     """An anonymous file: in memory where the system has such, else unlinked at once."""
     if sys.platform == "linux":
         return os.memfd_create("kdhiera")

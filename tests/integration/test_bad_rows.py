@@ -233,3 +233,27 @@ def test_the_commands_end_with_what_they_found(
     mood(tmp_path, "nan")
     done = kdhiera("replay", url, "good1", "--view", "0", "--json")
     assert (done.returncode, json.loads(done.stdout)["same"]) == (1, False)
+
+
+def test_all_odd_videos_in_one_shard_become_what_the_page_says(
+    config_of: Callable[..., RunConfig], progress: Progress, tmp_path: Path
+) -> None:
+    """The children go from one to the next; whatever comes before, a good video stays good."""
+    members = [(f"{number:03}.mp4", odd.make()) for number, odd in enumerate(ODD.values())]
+    shard = write_tar(tmp_path / "odd.tar", members)
+    config = config_of(
+        data={"shards": [str(shard)], "max_bad_fraction": 1.0},
+        views={"num": 1, "frames": "uniform"},
+    )
+    summary = extract(config, progress=progress)
+    cache = Cache.open(config.cache.dir)
+    (part,) = cache.commits().values()
+    rows = {row.key: row for row in cache.rows(part.base)}
+    for number, (name, odd) in enumerate(ODD.items()):
+        row = rows[f"{number:03}"]
+        assert row.status == odd.status, (name, row.message)
+        assert odd.words in row.message
+    assert summary.rows["ok"] == sum(odd.status == "ok" for odd in ODD.values())
+    again = extract(config, progress=progress, retry=["all"])
+    assert again.retried is not None
+    assert (again.retried.mended, again.plan.parts) == ((), ())
