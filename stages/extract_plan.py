@@ -295,7 +295,7 @@ def make_plan(config: RunConfig, cache: Cache | None, shards: Sequence[ShardInde
             lacks = {c: key for c, key in columns.items() if c not in there}
             if commits is None or lacks:
                 parts.append(PartTask(shard=shard, view=view, base=commits is None, columns=lacks))
-    before = given_up(cache) if cache else {}
+    before = given_up(cache) if cache and parts else {}
     # A complete view can be trained on; what always fails must not keep the rest waiting.
     parts.sort(key=lambda task: (task.part in before, task.view))
     return ExtractPlan(
