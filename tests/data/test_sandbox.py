@@ -85,16 +85,16 @@ def test_a_child_gives_what_decoding_here_gives(limits, request_clip):
 
 def test_a_look_says_what_a_video_is_and_how_its_frames_decode(limits):
     with Sandbox(limits(), num_children=1) as sandbox:
-        look = sandbox.look(ODD["lost slices"].make(), LookRequest(indices=(0, 1, 20)))
+        look = sandbox.look(ODD["lost slices"].make(), LookRequest(indices=(0, 1, 20))).result()
         assert (look.info.codec, look.info.num_frames, look.info.num_packets) == ("h264", 30, 30)
         flaws = [bool(frame.flaw) for frame in look.frames]
         assert flaws == [False, False, True]
         assert any("h264: " in line for line in look.said)
         assert all(line.isprintable() for line in look.said)
-        whole = sandbox.look(VIDEO, LookRequest())
+        whole = sandbox.look(VIDEO, LookRequest()).result()
         assert [frame.index for frame in whole.frames] == [i * 29 // 15 for i in range(16)]
         assert (whole.said, whole.failure) == ((), None)
-        none = sandbox.look(b"no video", LookRequest())
+        none = sandbox.look(b"no video", LookRequest()).result()
         assert (none.info, none.failure.status) == (None, RowStatus.DECODE_ERROR)
 
 

@@ -154,7 +154,8 @@ def test_nothing_in_a_shard_is_run_opened_contacted_or_printed_raw(
     before = set(tmp_path.iterdir())
     done = kdhiera("extract-teachers", path)
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in set(tmp_path.iterdir()) - before} == {"cache"}
+    assert {p.name for p in set(tmp_path.iterdir()) - before} == {"cache", "run-hostile"}
+    assert {p.name for p in (tmp_path / "run-hostile").iterdir()} == {"environment.json"}
     assert not Path("/tmp/absolute-canary.mp4").exists()
     cache = Cache.open(load(path).cache.dir)
     (part,) = cache.commits().values()

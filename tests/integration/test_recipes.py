@@ -18,6 +18,11 @@ from kdhiera.training.metrics import read_metrics
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 CLIPS, STEPS = 32, 200
+OFTEN = ("demo", "mvd_baseline", "pixels_baseline")  # each kind of objective and target
+EVERY = [
+    pytest.param(path, id=path.stem, marks=[] if path.stem in OFTEN else [pytest.mark.long])
+    for path in CONFIGS
+]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +120,7 @@ def progress() -> Progress:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EVERY)
 def test_a_recipe_learns_clips_by_heart(
     path: Path, shard: Path, caches: Path, demo: Prepared, progress: Progress
 ) -> None:
