@@ -10,7 +10,7 @@ import contextlib
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -18,16 +18,12 @@ import torch
 
 from benchmarks.extraction import decode_part
 from benchmarks.report import publish
+from benchmarks.training_step import batches_of, learner_of
 from kdhiera.config import RunConfig, load
 from kdhiera.data.patterns import expand
 from kdhiera.data.shards import ShardIndex, index_shard
-from kdhiera.devices import resolve_precision
 from kdhiera.stages.assemble import featurizer_of
-from kdhiera.stages.distill import BLOCK_ROWS, student_of
 from kdhiera.stages.open_source import Opened, open_source
-from kdhiera.training.batches import Batch, batches
-from kdhiera.training.optim import build_schedule
-from kdhiera.training.step import Learner
 
 ROUNDS = 5
 RATIOS = (0.8, 0.9)
@@ -72,8 +68,8 @@ def _measured(ratio: float, stack: contextlib.ExitStack) -> dict[str, list[float
     clips, _ = decode_part(cached, _index(cached, shard), 0)
     featurizer = featurizer_of(cached, device=CPU)
     layers = {name: teacher.layers for name, teacher in cached.teachers.items()}
-    learner = _learner(cached, stack.enter_context(open_source(cached, None)))
-    held = next(iter(_ahead(cached, stack.enter_context(open_source(cached, None)))))
+    learner = learner_of(cached, stack.enter_context(open_source(cached, None)))
+    held = next(iter(batches_of(cached, stack.enter_context(open_source(cached, None)))))
 
     def teach() -> None:
         for part in np.array_split(clips, -(-len(clips) // cached.extract.batch_size)):
@@ -102,34 +98,7 @@ def _index(config: RunConfig, path: str) -> ShardIndex:
     return replace(index, samples=index.samples[: config.train.batch_size])
 
 
-def _learner(config: RunConfig, opened: Opened) -> Learner:
-    student, heads, specs = student_of(config, opened)
-    return Learner(
-        student=student,
-        heads=heads,
-        targets=specs,
-        objective=config.objective,
-        config=config.train,
-        schedule=build_schedule(config.train, 1000),
-        device=CPU,
-        dtype=resolve_precision(config.train.precision, CPU),
-    )
-
-
-def _ahead(config: RunConfig, opened: Opened) -> Iterator[Batch]:
-    return batches(
-        opened.source,
-        config.mask_schedule,
-        first_step=0,
-        num_steps=1000,
-        batch_size=config.train.batch_size,
-        num_views=config.views.num,
-        seed=0,
-        block=BLOCK_ROWS,
-    )
-
-
 def _steps(config: RunConfig, opened: Opened) -> Callable[[], object]:
     """One whole step a call: the batch is made, then learnt from."""
-    learner, ahead = _learner(config, opened), _ahead(config, opened)
+    learner, ahead = learner_of(config, opened), batches_of(config, opened)
     return lambda: learner.step(next(ahead), measure=False)

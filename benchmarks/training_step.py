@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 
 from benchmarks.report import publish
-from kdhiera.config import load
+from kdhiera.config import RunConfig, load
 from kdhiera.devices import resolve_device, resolve_precision
 from kdhiera.stages.distill import BLOCK_ROWS, student_of
-from kdhiera.stages.open_source import open_cache
-from kdhiera.training.batches import Prefetcher, batches
+from kdhiera.stages.open_source import Opened, open_cache
+from kdhiera.training.batches import Batch, Prefetcher, batches
 from kdhiera.training.optim import build_schedule
 from kdhiera.training.step import Learner
 
@@ -21,28 +22,8 @@ def run() -> None:
     """Time steps from the cache and on one batch, in turn."""
     config = load("configs/demo.yaml")
     opened = open_cache(config)
-    student, heads, specs = student_of(config, opened)
     device = resolve_device(config.train.device)
-    learner = Learner(
-        student=student,
-        heads=heads,
-        targets=specs,
-        objective=config.objective,
-        config=config.train,
-        schedule=build_schedule(config.train, 1000),
-        device=device,
-        dtype=resolve_precision(config.train.precision, device),
-    )
-    ahead = batches(
-        opened.source,
-        config.mask_schedule,
-        first_step=0,
-        num_steps=1 + 2 * ROUNDS * STEPS,
-        batch_size=config.train.batch_size,
-        num_views=config.views.num,
-        seed=0,
-        block=BLOCK_ROWS,
-    )
+    learner, ahead = learner_of(config, opened), batches_of(config, opened)
     cached, memory, waited = [], [], []
     with Prefetcher(ahead, depth=config.train.prefetch) as ready:
         source = iter(ready)
@@ -70,4 +51,34 @@ def run() -> None:
             "data_wait": statistics.median(waited) / statistics.median(cached),
             "clips/s": config.train.batch_size / statistics.median(cached),
         },
+    )
+
+
+def learner_of(config: RunConfig, opened: Opened) -> Learner:
+    """A fresh learner of what was opened."""
+    student, heads, specs = student_of(config, opened)
+    device = resolve_device(config.train.device)
+    return Learner(
+        student=student,
+        heads=heads,
+        targets=specs,
+        objective=config.objective,
+        config=config.train,
+        schedule=build_schedule(config.train, 1000),
+        device=device,
+        dtype=resolve_precision(config.train.precision, device),
+    )
+
+
+def batches_of(config: RunConfig, opened: Opened) -> Iterator[Batch]:
+    """Its batches from the first step on."""
+    return batches(
+        opened.source,
+        config.mask_schedule,
+        first_step=0,
+        num_steps=1000,
+        batch_size=config.train.batch_size,
+        num_views=config.views.num,
+        seed=0,
+        block=BLOCK_ROWS,
     )
