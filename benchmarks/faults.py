@@ -14,191 +14,38 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from io import BytesIO
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import yaml
 
+from benchmarks.campaign import (
+    Campaign,
+    attempts,
+    digests,
+    first_byte,
+    make_clip,
+    prepare,
+    small_config,
+    write_shard,
+)
+from benchmarks.processes import COMMAND, STRIKES, WAIT_SECONDS, actors, pause, send, start
 from benchmarks.report import RESULTS
-from kdhiera.cache.arrays import read_array
 from kdhiera.cache.commit import Cache
-from kdhiera.cache.layout import column_group
 from kdhiera.cache.quarantine import given_up
 
-SHARDS, CLIPS, VIEWS = 12, 6, 2
-WAIT_SECONDS = 300.0
 Row = dict[str, Any]
-COMMAND = (sys.executable, "-c", "from kdhiera.cli import main; main()", "extract-teachers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Campaign:
-    """What all trials share.
-
-    Args:
-        folder: Where everything lies.
-        config: The run's YAML file.
-        calm: Digest of every part of an undisturbed run.
-        work_seconds: From its first part to its last commit.
-    """
-
-    folder: Path
-    config: Path
-    calm: dict[str, str]
-    work_seconds: float
-
-    def start(self, cache: Path, *overrides: str) -> subprocess.Popen[bytes]:
-        """The command on a cache, in a process group of its own."""
-        return subprocess.Popen(
-            [*COMMAND, str(self.config), f"cache.dir={cache}", *overrides],
-            stdout=subprocess.DEVNULL,
-            stderr=(self.folder / "errors.txt").open("wb"),
-            start_new_session=True,
-        )
-
-    def errors(self) -> str:
-        """What the last command said."""
-        return (self.folder / "errors.txt").read_text(errors="replace")
-
-    def equal(self, cache: Path, *, whole: bool) -> bool:
-        """Whether the committed parts hold what they should, and whether all are there."""
-        found = digests(cache)
-        same = all(self.calm.get(part) == digest for part, digest in found.items())
-        return same and (not whole or found.keys() == self.calm.keys())
-
-
-def digests(cache: Path) -> dict[str, str]:
-    """A hash of all that a reader gets from every committed part."""
-    if not (cache / "cache.json").exists():
-        return {}
-    opened = Cache.open(cache)
-    found = {}
-    for part, commits in sorted(opened.commits().items()):
-        digest = hashlib.sha256()
-        for row in opened.rows(commits.base):
-            digest.update(repr((row.uid, row.status, row.view, row.clip_crc32c)).encode())
-        for name in ("units", "scores", "pixels"):
-            digest.update(read_array(opened, commits.base, f"base.zarr/{name}").tobytes())
-        for column, commit in sorted(commits.columns.items()):
-            for name in ("codes", "status"):
-                array = read_array(opened, commit, f"{column_group(column)}/{name}")
-                digest.update(column.encode() + array.tobytes())
-        found[f"{part} {sorted(commits.columns)}"] = digest.hexdigest()
-    return found
-
-
-def prepare(folder: Path) -> Campaign:
-    """Make shards and a config, and run it undisturbed."""
-    rng = np.random.default_rng(0)
-    for number in range(SHARDS):
-        _write_shard(folder / f"shard-{number:02}.tar", [_clip(rng) for _ in range(CLIPS)])
-    config = folder / "faults.yaml"
-    config.write_text(yaml.safe_dump(_config(folder, "shard-*.tar")))
-    campaign = Campaign(folder=folder, config=config, calm={}, work_seconds=0.0)
-    calm = folder / "calm"
-    assert campaign.start(calm).wait() == 0, campaign.errors()
-    begun = min(f.stat().st_mtime for f in calm.glob("parts/*/*/*/base.zarr"))
-    work = max(f.stat().st_mtime for f in calm.glob("commits/*/*/*.json")) - begun
-    return Campaign(folder=folder, config=config, calm=digests(calm), work_seconds=work)
-
-
-def _config(folder: Path, shards: str) -> dict[str, Any]:
-    return {
-        "name": "faults",
-        "run_dir": str(folder / "run"),
-        "data": {"shards": [str(folder / shards)], "max_bad_fraction": 1.0},
-        "clip": {"num_frames": 8, "height": 64, "width": 64},
-        "views": {"num": VIEWS, "frame_stride": 2},
-        "teachers": {"pixels": {"kind": "pixels"}, "hog": {"kind": "hog"}},
-        "scores": {"teacher": "pixels", "source": "uniform"},
-        "masks": {"ratio": 0.5, "draws": 1},
-        "cache": {"dir": str(folder / "cache"), "encoding": "fp32"},
-        "extract": {"batch_size": 2, "device": "cpu", "max_attempts": 100},
-        "decode": {"num_children": 1},
-        "ray": {"enabled": False},
-    }
-
-
-def _clip(rng: np.random.Generator, *, white: bool = False) -> bytes:
-    """A short video of a noisy square that moves, or of nothing but white."""
-    out = BytesIO()
-    picture = rng.integers(0, 200, (32, 32, 3), dtype=np.uint8)
-    with av.open(out, "w", format="mp4") as file:
-        stream = file.add_stream("libx264", rate=25)
-        stream.width = stream.height = 96
-        stream.pix_fmt = "yuv420p"
-        for i in range(24):
-            frame = np.full((96, 96, 3), 255 if white else 40, np.uint8)
-            if not white:
-                frame[i : i + 32, 2 * i : 2 * i + 32] = picture
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        file.mux(stream.encode(None))
-    return out.getvalue()
-
-
-def _write_shard(path: Path, clips: list[bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for number, clip in enumerate(clips):
-            info = tarfile.TarInfo(f"{path.stem}-{number}.mp4")
-            info.size = len(clip)
-            tar.addfile(info, BytesIO(clip))
-
-
-def _attempts(cache: Path) -> int:
-    return sum(1 for _ in cache.glob("parts/*/*/*/attempt.json"))
-
-
-def _first_byte(process: subprocess.Popen[bytes], cache: Path, before: int) -> None:
-    """Wait until a run writes its first part."""
-    while process.poll() is None and _attempts(cache) <= before:
-        time.sleep(0.02)
-
-
-def _children(pid: int) -> list[int]:
-    """All processes below one."""
-    below: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        below.setdefault(parent, []).append(int(stat.parent.name))
-    found, waiting = [], [pid]
-    while waiting:
-        mine = below.get(waiting.pop(), [])
-        found += mine
-        waiting += mine
-    return found
-
-
-def _actors(pid: int) -> list[int]:
-    """Ray actors of a driver."""
-    found = []
-    for child in _children(pid):
-        try:
-            command = Path(f"/proc/{child}/cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if command.startswith(b"ray::_Actor"):
-            found.append(child)
-    return found
 
 
 def driver_killed(campaign: Campaign, rng: random.Random) -> Generator[Row, None, None]:
@@ -219,14 +66,14 @@ def _struck(
         shutil.rmtree(cache, ignore_errors=True)
         code = None
         while code != 0:
-            started, before = time.monotonic(), _attempts(cache)
+            started, before = time.monotonic(), attempts(cache)
             process = campaign.start(cache)
-            _first_byte(process, cache, before)
+            first_byte(process, cache, before)
             instant = rng.uniform(0.0, campaign.work_seconds)
-            _sleep(instant, process)
+            pause(instant, process)
             struck = process.poll() is None
             if struck:
-                _send(process, number)
+                send(process, number)
             code = process.wait(WAIT_SECONDS)
             equal = campaign.equal(cache, whole=code == 0)
             whole = campaign.equal(cache, whole=True)  # struck when all was done
@@ -241,34 +88,6 @@ def _struck(
             }
 
 
-def _send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """SIGKILL takes the whole group; other signals go to the driver alone."""
-    if number == signal.SIGKILL:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-
-
-def _sleep(seconds: float, process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        time.sleep(0.01)
-
-
-def _out_of_memory(pid: int) -> None:
-    """Let a process have no more memory than it has."""
-    size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.prlimit(pid, resource.RLIMIT_AS, (size, size))
-
-
-STRIKES: dict[str, Callable[[int], None]] = {
-    "actor SIGKILL": lambda pid: os.kill(pid, signal.SIGKILL),
-    "actor SIGSEGV": lambda pid: os.kill(pid, signal.SIGSEGV),
-    "actor out of memory": _out_of_memory,
-    "actor hangs (SIGSTOP)": lambda pid: os.kill(pid, signal.SIGSTOP),
-}
-
-
 def actors_struck(campaign: Campaign, rng: random.Random) -> Generator[Row, None, None]:
     """Ray actors struck one after another while a run goes on: it must end as if nothing was."""
     cache = campaign.folder / "actors"
@@ -280,22 +99,22 @@ def actors_struck(campaign: Campaign, rng: random.Random) -> Generator[Row, None
             cache, "ray.enabled=true", "extract.num_actors=1", "extract.stall_seconds=25"
         )
         rows: list[Row] = []
-        _first_byte(process, cache, 0)
+        first_byte(process, cache, 0)
         while process.poll() is None and len(rows) < 8:
-            victims = _actors(process.pid)
+            victims = actors(process.pid)
             if not victims:
-                _sleep(0.2, process)
+                pause(0.2, process)
                 continue
             instant = rng.uniform(0.0, 1.5 * campaign.work_seconds)
-            _sleep(instant, process)
+            pause(instant, process)
             name = rng.choice(kinds)
             try:
                 STRIKES[name](victims[0])
             except (ProcessLookupError, FileNotFoundError):
                 continue
             rows.append({"failure": name, "instant_seconds": instant})
-            while process.poll() is None and victims[0] in _actors(process.pid):
-                _sleep(0.2, process)
+            while process.poll() is None and victims[0] in actors(process.pid):
+                pause(0.2, process)
                 if name == "actor out of memory" and time.monotonic() - started > 120:
                     break  # it had all the memory that it needs
         code = process.wait(WAIT_SECONDS)
@@ -318,12 +137,12 @@ def deadly_shard(campaign: Campaign, rng: random.Random) -> Generator[Row, None,
     noise = np.random.default_rng(1)
     for number in range(3):
         white = number == 1
-        clips = [_clip(noise, white=white) for _ in range(2)]
-        _write_shard(folder / f"shard-{number}.tar", clips)
+        clips = [make_clip(noise, white=white) for _ in range(2)]
+        write_shard(folder / f"shard-{number}.tar", clips)
     while True:
         how = rng.choice(["SIGKILL", "SIGSEGV", "SIGABRT"])
         shutil.rmtree(folder / "cache", ignore_errors=True)
-        values = _config(folder, "shard-*.tar")
+        values = small_config(folder, "shard-*.tar")
         values["teachers"]["deadly"] = {
             "kind": "module",
             "factory": "benchmarks.deadly:build",
@@ -337,13 +156,8 @@ def deadly_shard(campaign: Campaign, rng: random.Random) -> Generator[Row, None,
         config = folder / "deadly.yaml"
         config.write_text(yaml.safe_dump(values))
         started = time.monotonic()
-        with (campaign.folder / "errors.txt").open("wb") as errors:
-            code = subprocess.run(
-                [*COMMAND, str(config)],
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                check=False,
-            ).returncode
+        errors = campaign.folder / "errors.txt"
+        code = start(errors, "extract-teachers", str(config)).wait(WAIT_SECONDS)
         cache = Cache.open(folder / "cache")
         done = sorted(part.shard_id.rpartition("-")[0] for part in cache.commits())
         named = sorted(part.shard_id.rpartition("-")[0] for part in given_up(cache))
@@ -371,8 +185,8 @@ def node_lost(campaign: Campaign, rng: random.Random) -> Generator[Row, None, No
         instant = rng.uniform(0.0, campaign.work_seconds)
         with (campaign.folder / "errors.txt").open("wb") as errors:
             code = subprocess.run(
-                [sys.executable, str(script), str(cache), f"{instant}", *COMMAND,
-                 str(campaign.config), f"cache.dir={cache}", "ray.enabled=true"],
+                [sys.executable, script, cache, f"{instant}", COMMAND, "extract-teachers",
+                 campaign.config, f"cache.dir={cache}", "ray.enabled=true"],
                 stdout=subprocess.DEVNULL, stderr=errors, check=False,
             ).returncode  # fmt: skip
         equal = campaign.equal(cache, whole=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 import tempfile
+from glob import glob
 from pathlib import Path
 
 from benchmarks.report import publish
@@ -18,45 +20,56 @@ from kdhiera.progress import Progress, make_progress
 from kdhiera.stages.distill import distill
 from kdhiera.stages.extract_teachers import extract
 
-VIEWS = (1, 4)
+SHARDS = "demo-data/shards/train-*.tar"
+COPIES = (1, 4)
 STEPS = 60
-TEACHERS = (
+SETTINGS = (
     "teachers={pixels: {kind: pixels}, hog: {kind: hog}}",
     "scores={teacher: pixels, source: uniform}",
     "objective.teachers=[pixels, hog]",
     "ray.enabled=false",
+    f"train.max_steps={STEPS}",
 )
 
 
 def run() -> None:
-    """Extract 1 and 4 views of all clips; train as long on one shard and on all."""
+    """Extract the labelled training clips, and the same four times over; train on both."""
+    figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        figures = {}
-        for views in VIEWS:
-            cache = f"cache.dir={folder}/cache-{views}"
-            rows, peak = _child("extract", [cache, f"views.num={views}"])
-            figures[f"extraction of {rows:.0f} rows, MB"] = peak
-        shards = load("configs/demo.yaml").data.shards
-        for name, chosen in (("one pattern", shards[-1:]), ("all", shards)):
-            wanted = [
-                f"cache.dir={folder}/cache-{VIEWS[-1]}",
-                f"views.num={VIEWS[-1]}",
-                f"data.shards={json.dumps(list(chosen))}",
-                f"run_dir={folder}/run-{name}",
-                f"train.max_steps={STEPS}",
-            ]
-            samples, peak = _child("train", wanted)
-            figures[f"{STEPS} steps of training on {samples:.0f} clips, MB"] = peak
-    extraction = [v for k, v in figures.items() if k.startswith("extraction")]
-    training = [v for k, v in figures.items() if "training" in k]
-    figures["extraction, more / fewer"] = extraction[1] / extraction[0]
-    figures["training, more / fewer"] = max(training) / min(training)
+        for copies in COPIES:
+            here = Path(folder, str(copies))
+            here.mkdir()
+            for number in range(copies):
+                _copy(here, number)
+            where = [
+                f"data.shards={here}/*.tar", f"cache.dir={here}/cache", f"run_dir={here}/run"
+            ]  # fmt: skip
+            clips, peak = _child("extract", where)
+            figures[f"extraction of {clips:.0f} clips, MB"] = peak
+            clips, peak = _child("train", where)
+            figures[f"{STEPS} steps of training on {clips:.0f} clips, MB"] = peak
+    fewer, trained_fewer, more, trained_more = figures.values()
+    figures["extraction, more / fewer"] = more / fewer
+    figures["training, more / fewer"] = trained_more / trained_fewer
     publish("memory", {}, figures)
+
+
+def _copy(folder: Path, number: int) -> None:
+    """All shards once more, with samples of other names."""
+    for path in sorted(glob(SHARDS)):
+        with (
+            tarfile.open(path) as source,
+            tarfile.open(folder / f"{number}-{Path(path).name}", "w") as copy,
+        ):
+            for member in source:
+                content = source.extractfile(member)
+                member.name = f"{number}-{member.name}"
+                copy.addfile(member, content)
 
 
 def _child(what: str, overrides: list[str]) -> tuple[float, float]:
     """Clips, and the peak resident memory in MB, of one process."""
-    code = f"from benchmarks.memory import child; child({what!r}, {[*TEACHERS, *overrides]!r})"
+    code = f"from benchmarks.memory import child; child({what!r}, {[*SETTINGS, *overrides]!r})"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     clips, peak = json.loads(done.stdout.splitlines()[-1])
     return clips, peak

@@ -11,6 +11,9 @@ from types import FrameType
 from kdhiera.errors import StoppedError
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set, for the length of the block.
@@ -46,6 +49,12 @@ def stopping_at_once() -> Iterator[None]:
         raise StoppedError("stopped: run the same command again to go on") from None
 
 
+def ignore_signals() -> None:
+    """From here on SIGTERM and SIGINT do nothing: the process is ending."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _SignalledError(BaseException):
     """No `Exception`: libraries swallow these while they are imported."""
 
@@ -55,7 +64,7 @@ def _handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, handle) for s in SIGNALS}
     try:
         yield
     finally:

@@ -1,4 +1,5 @@
 import os
+import signal
 import uuid
 from pathlib import Path
 
@@ -11,6 +12,15 @@ settings.register_profile("kdhiera", deadline=None)  # tests never assert on tim
 settings.load_profile("kdhiera")
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A command run in this process leaves its signals ignored, as it ends."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

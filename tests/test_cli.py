@@ -58,6 +58,31 @@ def test_help_begins_with_examples_and_ends_well(command: list[str]) -> None:
     for line in done.stdout.partition("\n\n")[0].splitlines()[1:]:
         assert line.startswith("  kdhiera " + " ".join(command))
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_a_command_that_keeps_nothing_with_75(name: str) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "import kdhiera.config\n"
+        f"kdhiera.config.load = lambda *_: os.kill(os.getpid(), signal.{name})\n"
+        "from kdhiera.cli import main\n"
+        "sys.argv = ['kdhiera', 'config', 'show', 'any.yaml']\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 75
+    assert done.stderr == "error: stopped: run the same command again to go on\n"
+
+
+def test_a_signal_after_the_end_changes_nothing() -> None:
+    code = (
+        "import atexit, os, signal, sys\n"
+        "from kdhiera.cli import main\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        "sys.argv = ['kdhiera', '--version']\n"
+        "main()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
 
 def test_help_loads_nothing_heavy() -> None:
     code = (

@@ -15,6 +15,7 @@ from kdhiera.cli.configs import config_app
 from kdhiera.cli.datasets import data_app
 from kdhiera.cli.runs import run_app
 from kdhiera.errors import ExitCode, KdhieraError
+from kdhiera.stopping import ignore_signals, stopping_at_once
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ def _root(
 def main() -> None:
     """Entry point: one sentence and an exit code for what a user can mend."""
     try:
-        app(prog_name="kdhiera")
+        with stopping_at_once():
+            app(prog_name="kdhiera")
     except KdhieraError as error:
         logger.debug("where it comes from", exc_info=error)
         typer.echo(f"error: {error}", err=True)
@@ -106,3 +108,5 @@ def main() -> None:
             f"error: {error.strerror or error}:{where}; correct the path, or free it", err=True
         )
         sys.exit(ExitCode.FAILED)
+    finally:
+        ignore_signals()  # what the command came to stands while the interpreter shuts down

@@ -56,25 +56,22 @@ def extract_teachers(
     Computes what the config needs and the cache lacks; stopped or killed, the same command
     goes on. Bad videos become rows with a status; `kdhiera cache bad` lists them.
     """
-    from kdhiera.stopping import stopping_at_once
+    run = load(config, overrides)
+    from kdhiera.progress import make_progress
+    from kdhiera.stages.extract_teachers import extract
+    from kdhiera.stages.retry import parse_statuses
 
-    with stopping_at_once():
-        run = load(config, overrides)
-        from kdhiera.progress import make_progress
-        from kdhiera.stages.extract_teachers import extract
-        from kdhiera.stages.retry import parse_statuses
+    statuses = parse_statuses(retry or ())
 
-        statuses = parse_statuses(retry or ())
-
-        with json_of_errors(as_json), make_progress() as progress:
-            summary = extract(
-                run,
-                progress=progress,
-                dry_run=dry_run,
-                retry=statuses,
-                on_plan=lambda plan: typer.echo(plan.describe(), err=as_json),
-            )
-        emit(summary, summary.describe, as_json)
+    with json_of_errors(as_json), make_progress() as progress:
+        summary = extract(
+            run,
+            progress=progress,
+            dry_run=dry_run,
+            retry=statuses,
+            on_plan=lambda plan: typer.echo(plan.describe(), err=as_json),
+        )
+    emit(summary, summary.describe, as_json)
 
 
 @command(
