@@ -28,7 +28,7 @@ from kdhiera.data.shards import ShardIndex, index_shard, read_shard
 from kdhiera.progress import make_progress
 from kdhiera.stages.assemble import columns_of, decode_limits, featurizer_of
 from kdhiera.stages.extract_teachers import extract
-from kdhiera.stages.extract_worker import PartExtractor, PartTask
+from kdhiera.stages.extraction.worker import PartExtractor, PartTask
 
 ROUNDS = 5
 NUM_CLIPS = 48

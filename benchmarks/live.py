@@ -23,7 +23,7 @@ from kdhiera.config import RunConfig, load
 from kdhiera.data.patterns import expand
 from kdhiera.data.shards import ShardIndex, index_shard
 from kdhiera.stages.assemble import featurizer_of
-from kdhiera.stages.open_source import Opened, open_source
+from kdhiera.stages.distillation.source import Opened, open_source
 
 ROUNDS = 5
 RATIOS = (0.8, 0.9)

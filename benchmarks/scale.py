@@ -122,7 +122,7 @@ def _open(folder: str) -> dict[str, float]:
 def _plan(folder: str) -> dict[str, float]:
     """What extraction asks of the cache before its first part."""
     from kdhiera.data.shards import ShardIndex
-    from kdhiera.stages.extract_plan import make_plan
+    from kdhiera.stages.extraction.plan import make_plan
     from kdhiera.stores import FileVersion
 
     layers = [str(layer) for layer in range(LAYERS)]

@@ -10,7 +10,7 @@ from benchmarks.report import publish
 from kdhiera.config import RunConfig, load
 from kdhiera.devices import resolve_device, resolve_precision
 from kdhiera.stages.distill import BLOCK_ROWS, student_of
-from kdhiera.stages.open_source import Opened, open_cache
+from kdhiera.stages.distillation.source import Opened, open_cache
 from kdhiera.training.batches import Batch, Prefetcher, batches
 from kdhiera.training.optim import build_schedule
 from kdhiera.training.step import Learner

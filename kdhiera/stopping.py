@@ -10,7 +10,6 @@ from types import FrameType
 
 from kdhiera.errors import StoppedError
 
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 

@@ -33,9 +33,9 @@ from kdhiera.errors import (
 )
 from kdhiera.progress import Progress, counted
 from kdhiera.report.tables import to_text
+from kdhiera.stages.ablating.checks import check_metrics, check_runs
+from kdhiera.stages.ablating.trial import run_trial, trial_identity
 from kdhiera.stages.ray_session import ray_session
-from kdhiera.stages.trial import run_trial, trial_identity
-from kdhiera.stages.trial_checks import check_metrics, check_runs
 from kdhiera.stopping import stop_on_signals
 from kdhiera.training.metrics import read_metrics
 

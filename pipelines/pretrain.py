@@ -27,9 +27,9 @@ from kdhiera.report.pages import (
 from kdhiera.report.tables import to_text
 from kdhiera.results import Control
 from kdhiera.stages.distill import DistillSummary
+from kdhiera.stages.distillation.launch import launch
 from kdhiera.stages.evaluate import EvaluateSummary, evaluate
 from kdhiera.stages.extract_teachers import ExtractSummary, extract
-from kdhiera.stages.launch import launch
 from kdhiera.stages.show import Kind, draw
 from kdhiera.training.metrics import read_metrics
 

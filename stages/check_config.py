@@ -23,9 +23,9 @@ from kdhiera.stages.cache_diff import diff_cache
 from kdhiera.stages.checks import Check, Checks, attempt, fail, ok, warn
 from kdhiera.stages.clips import labels_at, spread
 from kdhiera.stages.distill import identity_of
-from kdhiera.stages.extract_plan import existing_cache, identities_of, resolve_precisions
-from kdhiera.stages.labelled import SPLITS
-from kdhiera.stages.open_source import begun_with, open_cache
+from kdhiera.stages.distillation.source import begun_with, open_cache
+from kdhiera.stages.evaluating.labelled import SPLITS
+from kdhiera.stages.extraction.plan import existing_cache, identities_of, resolve_precisions
 from kdhiera.student.base import Student
 from kdhiera.student.build import build_student, taps_of
 from kdhiera.student.initial import load_init

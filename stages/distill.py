@@ -29,9 +29,15 @@ from kdhiera.devices import resolve_device, resolve_precision
 from kdhiera.errors import UsageError
 from kdhiera.objective.targets import TargetSpec
 from kdhiera.progress import Progress, human_seconds
+from kdhiera.stages.distillation.source import (
+    Opened,
+    begun_with,
+    check_live,
+    open_cache,
+    open_source,
+)
 from kdhiera.stages.environment import record_environment
 from kdhiera.stages.export import provenance_of
-from kdhiera.stages.open_source import Opened, begun_with, check_live, open_cache, open_source
 from kdhiera.storage import write_atomic
 from kdhiera.student.base import Student
 from kdhiera.student.build import build_student, taps_of
@@ -353,6 +359,6 @@ def clear(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from kdhiera.stages.launch import main
+    from kdhiera.stages.distillation.launch import main
 
     sys.exit(main())

@@ -41,11 +41,10 @@ from kdhiera.results import (
 )
 from kdhiera.stages.assemble import exported_student
 from kdhiera.stages.environment import record_environment
-from kdhiera.stages.export import EVALUATION, export_timm
-from kdhiera.stages.findings import put_together
-from kdhiera.stages.frozen import Features, FrozenModel, FrozenStage
-from kdhiera.stages.jobs import Job, jobs
-from kdhiera.stages.labelled import (
+from kdhiera.stages.evaluating.findings import put_together
+from kdhiera.stages.evaluating.frozen import Features, FrozenModel, FrozenStage
+from kdhiera.stages.evaluating.jobs import Job, jobs
+from kdhiera.stages.evaluating.labelled import (
     SPLITS,
     Shards,
     Splits,
@@ -54,7 +53,7 @@ from kdhiera.stages.labelled import (
     settings_of,
     tasks,
 )
-from kdhiera.stages.models import (
+from kdhiera.stages.evaluating.models import (
     RANDOM,
     SCRATCH,
     STUDENT,
@@ -62,6 +61,7 @@ from kdhiera.stages.models import (
     trained_models,
     weights_identity,
 )
+from kdhiera.stages.export import EVALUATION, export_timm
 from kdhiera.storage import atomic_file, file_sha256, write_atomic
 
 __all__ = ["EvaluateSummary", "evaluate", "evaluation_policy"]

@@ -27,17 +27,17 @@ from kdhiera.grid import TOKENS_PER_UNIT
 from kdhiera.progress import Progress, human_bytes, human_seconds
 from kdhiera.stages.assemble import columns_of, provenance
 from kdhiera.stages.environment import record_environment
-from kdhiera.stages.extract_plan import (
+from kdhiera.stages.extraction.plan import (
     ExtractPlan,
     Identities,
     has_commits,
     look_at,
     make_plan,
 )
-from kdhiera.stages.extract_worker import PartTask, Task
-from kdhiera.stages.pool import Outcome, run_here, run_on_ray
-from kdhiera.stages.probe import probe_versions
-from kdhiera.stages.retry import Retry, find_retries, reopen
+from kdhiera.stages.extraction.pool import Outcome, run_here, run_on_ray
+from kdhiera.stages.extraction.probe import probe_versions
+from kdhiera.stages.extraction.retry import Retry, find_retries, reopen
+from kdhiera.stages.extraction.worker import PartTask, Task
 from kdhiera.stopping import stop_on_signals
 
 logger = logging.getLogger(__name__)

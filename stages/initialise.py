@@ -29,9 +29,9 @@ from kdhiera.errors import UsageError
 from kdhiera.progress import Progress, counted
 from kdhiera.stages.assemble import decode_limits
 from kdhiera.stages.clips import labels_at, spread
-from kdhiera.stages.init_fit import Fit, Seen, Teachers, describe_videos, fit_to, learnt_of
-from kdhiera.stages.init_text import DEMO_TEACHERS, write_config
-from kdhiera.stages.pack_order import EXTENSIONS, REST, WHOLE
+from kdhiera.stages.initialising.fit import Fit, Seen, Teachers, describe_videos, fit_to, learnt_of
+from kdhiera.stages.initialising.text import DEMO_TEACHERS, write_config
+from kdhiera.stages.packing.order import EXTENSIONS, REST, WHOLE
 from kdhiera.storage import write_atomic
 
 PROBED = 32

@@ -33,9 +33,9 @@ from kdhiera.data.folders import (
 from kdhiera.data.keys import make_keys
 from kdhiera.errors import ExitCode, UsageError
 from kdhiera.progress import Progress, counted, human_bytes
-from kdhiera.stages.pack_journal import JOURNAL, Journal, PackedShard
-from kdhiera.stages.pack_order import PackSettings, queues_of
-from kdhiera.stages.pack_shards import fill
+from kdhiera.stages.packing.journal import JOURNAL, Journal, PackedShard
+from kdhiera.stages.packing.order import PackSettings, queues_of
+from kdhiera.stages.packing.shards import fill
 from kdhiera.storage import disk_errors, is_temporary, make_folder, write_atomic
 
 SKIPPED = "skipped.csv"

@@ -33,17 +33,17 @@ from kdhiera.devices import resolve_device
 from kdhiera.errors import UsageError
 from kdhiera.progress import counted, human_bytes
 from kdhiera.stages.assemble import decode_limits, featurizer_of
-from kdhiera.stages.choose import ShardFinder
-from kdhiera.stages.find_rows import FoundRow, find_rows
-from kdhiera.stages.key_replay import KeyReplay, RowReplay, Step
-from kdhiera.stages.recorded import (
+from kdhiera.stages.extraction.recorded import (
     NOT_RECORDED,
     ColumnTeachers,
     column_teachers,
     recorded_config,
     working_in,
 )
-from kdhiera.stages.replay import replay_chosen
+from kdhiera.stages.replaying.choose import ShardFinder
+from kdhiera.stages.replaying.findings import KeyReplay, RowReplay, Step
+from kdhiera.stages.replaying.replay import replay_chosen
+from kdhiera.stages.replaying.rows import FoundRow, find_rows
 
 _SAID = 10  # lines of FFmpeg for people; JSON and --debug have all
 

@@ -17,9 +17,9 @@ from kdhiera.errors import UsageError
 from kdhiera.progress import Progress
 from kdhiera.report.plots import save
 from kdhiera.stages.bad_rows import RowStatuses
-from kdhiera.stages.picture_agreement import agreement_figure
-from kdhiera.stages.picture_clips import clip_figures
-from kdhiera.stages.picture_statuses import status_figure
+from kdhiera.stages.pictures.agreement import agreement_figure
+from kdhiera.stages.pictures.clips import clip_figures
+from kdhiera.stages.pictures.statuses import status_figure
 from kdhiera.stores import open_store
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from kdhiera.errors import DamagedError, UsageError
 from kdhiera.progress import Progress, counted
 
 if TYPE_CHECKING:  # teachers and decoders: loaded where they are asked for
-    from kdhiera.stages.replay import Replayed
-    from kdhiera.stages.sources import Sources
+    from kdhiera.stages.replaying.replay import Replayed
+    from kdhiera.stages.replaying.sources import Sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,14 +147,14 @@ def check_cache(
     notes = []
     later = "the cache is damaged, or was: run this again once it is whole"
     if sources and usable:
-        from kdhiera.stages.sources import check_sources
+        from kdhiera.stages.replaying.sources import check_sources
 
         patterns = config.data.shards if config else ()
         found = check_sources(Cache.open(url), patterns=patterns, progress=progress)
     elif sources:
         notes.append(f"--sources: {later}")
     if planned and usable:
-        from kdhiera.stages.replay import NoSourceError
+        from kdhiera.stages.replaying.replay import NoSourceError
 
         try:
             replayed, skipped = _recompute(planned, Cache.open(url), recompute, progress)
@@ -175,7 +175,7 @@ def _plan_recompute(config: RunConfig, url: str) -> _Recompute | None:
         MismatchError: If the config is not the cache's.
     """
     from kdhiera.data.patterns import expand
-    from kdhiera.stages.extract_plan import identify
+    from kdhiera.stages.extraction.plan import identify
 
     expand(config.data.shards)
     try:
@@ -204,7 +204,7 @@ def _plan_recompute(config: RunConfig, url: str) -> _Recompute | None:
 def _recompute(
     planned: _Recompute, cache: Cache, num_rows: int, progress: Progress
 ) -> tuple[Replayed, dict[str, str]]:
-    from kdhiera.stages.replay import replay_rows
+    from kdhiera.stages.replaying.replay import replay_rows
 
     there = set(cache.columns.names())
     columns = {column: key for column, key in planned.columns.items() if column in there}

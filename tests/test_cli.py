@@ -58,6 +58,7 @@ def test_help_begins_with_examples_and_ends_well(command: list[str]) -> None:
     for line in done.stdout.partition("\n\n")[0].splitlines()[1:]:
         assert line.startswith("  kdhiera " + " ".join(command))
 
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_ends_a_command_that_keeps_nothing_with_75(name: str) -> None:
     code = (

@@ -191,8 +191,8 @@ def cache_bad(
     `kdhiera replay` looks at one of them; `kdhiera extract-teachers --retry` tries them again.
     """
     opened = _open_cache(cache, overrides)
+    from kdhiera.stages.extraction.retry import parse_statuses
     from kdhiera.stages.list_bad import list_bad
-    from kdhiera.stages.retry import parse_statuses
 
     found = list_bad(opened, parse_statuses(status or ()))
     emit(found, found.describe, as_json)

@@ -93,7 +93,7 @@ def pack(
     shares = dict(_share(text) for text in split or ())
     from kdhiera.progress import make_progress
     from kdhiera.stages.pack import pack as run_pack
-    from kdhiera.stages.pack_order import EXTENSIONS, PackSettings
+    from kdhiera.stages.packing.order import EXTENSIONS, PackSettings
 
     settings = PackSettings(
         shard_bytes=round(shard_mb * 1e6),
@@ -176,8 +176,8 @@ def init(
     if not patterns:
         raise UsageError("name your shards: kdhiera init my.yaml --videos 'my-shards/*.tar'")
     from kdhiera.progress import make_progress
-    from kdhiera.stages import init_fit
     from kdhiera.stages.initialise import initialise
+    from kdhiera.stages.initialising import fit as init_fit
 
     chosen = None if teachers is None else init_fit.Teachers(teachers.value)
     with make_progress() as progress:

@@ -59,7 +59,7 @@ def extract_teachers(
     run = load(config, overrides)
     from kdhiera.progress import make_progress
     from kdhiera.stages.extract_teachers import extract
-    from kdhiera.stages.retry import parse_statuses
+    from kdhiera.stages.extraction.retry import parse_statuses
 
     statuses = parse_statuses(retry or ())
 
@@ -128,7 +128,7 @@ def distill(
     """
     run = load(config, overrides)
     from kdhiera.progress import make_progress
-    from kdhiera.stages.launch import launch
+    from kdhiera.stages.distillation.launch import launch
 
     with make_progress() as progress:
         summary = launch(run, progress=progress, resume=resume, overwrite=overwrite)

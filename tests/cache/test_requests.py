@@ -13,7 +13,7 @@ from kdhiera.cache.commit import Cache
 from kdhiera.cache.layout import PartId
 from kdhiera.cache.reader import CacheReader
 from kdhiera.data.shards import ShardIndex
-from kdhiera.stages.extract_plan import make_plan
+from kdhiera.stages.extraction.plan import make_plan
 from kdhiera.stores import FileVersion
 
 PARTS = [PartId(shard_id=shard, view=view) for shard in ("a-0", "b-0", "c-0") for view in (0, 1)]

@@ -9,7 +9,7 @@ import sys
 
 from kdhiera.progress import make_progress
 from kdhiera.stages.pack import pack
-from kdhiera.stages.pack_order import PackSettings
+from kdhiera.stages.packing.order import PackSettings
 
 source, out, last = sys.argv[1], sys.argv[2], int(sys.argv[3])
 seen = 0

@@ -25,7 +25,7 @@ from kdhiera.data.shards import index_shard
 from kdhiera.errors import DamagedError, ExitCode, KdhieraError, MismatchError, UsageError
 from kdhiera.progress import make_progress
 from kdhiera.stages.pack import PackSummary, pack
-from kdhiera.stages.pack_order import PackSettings
+from kdhiera.stages.packing.order import PackSettings
 
 DYING = Path(__file__).with_name("dying_pack.py")
 COMMAND = (sys.executable, "-c", "from kdhiera.cli import main; main()", "pack")

@@ -16,9 +16,9 @@ from kdhiera.config import RunConfig, load
 from kdhiera.errors import IncompleteError, MismatchError, UsageError
 from kdhiera.progress import Progress, make_progress
 from kdhiera.stages.extract_teachers import ExtractSummary, extract
+from kdhiera.stages.extraction.retry import parse_statuses
 from kdhiera.stages.list_bad import list_bad
 from kdhiera.stages.replay_key import replay_key
-from kdhiera.stages.retry import parse_statuses
 
 Run = Callable[..., ExtractSummary]
 BAD = {

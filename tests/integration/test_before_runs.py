@@ -21,8 +21,8 @@ from kdhiera.stages.distill import distill
 from kdhiera.stages.doctor import examine
 from kdhiera.stages.evaluate import evaluate
 from kdhiera.stages.extract_teachers import extract
-from kdhiera.stages.init_fit import Teachers
 from kdhiera.stages.initialise import InitSummary, initialise
+from kdhiera.stages.initialising.fit import Teachers
 
 # ---- init
 

@@ -23,7 +23,7 @@ from kdhiera.progress import Progress, make_progress
 from kdhiera.stages.assemble import columns_of
 from kdhiera.stages.distill import distill
 from kdhiera.stages.extract_teachers import extract
-from kdhiera.stages.replay import replay_rows
+from kdhiera.stages.replaying.replay import replay_rows
 
 MakeRun = Callable[..., RunConfig]
 TRAIN = {"max_steps": 2, "epochs": 2, "batch_size": 8, "device": "cpu", "lr": 1e-3}

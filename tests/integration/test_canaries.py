@@ -30,8 +30,8 @@ from real_runs import kdhiera, write_config
 from kdhiera.cache.commit import Cache
 from kdhiera.config import load
 from kdhiera.errors import UsageError
+from kdhiera.stages.extraction.recorded import recorded_config
 from kdhiera.stages.list_bad import list_bad
-from kdhiera.stages.recorded import recorded_config
 from kdhiera.stages.replay_key import replay_key
 
 IN_ACCESS, IN_OPEN, IN_CREATE, IN_DELETE = 0x1, 0x20, 0x100, 0x200

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdhiera.cache.layout import PartId
-from kdhiera.stages.choose import spread
+from kdhiera.stages.replaying.choose import spread
 
 
 def parts(shards: int, views: int, rows: int) -> dict[PartId, int]:

@@ -23,8 +23,8 @@ from kdhiera.featurize import Featurizer
 from kdhiera.progress import make_progress
 from kdhiera.results import Measure, load_outcomes, per_class_from_json
 from kdhiera.stages.evaluate import EvaluateSummary, evaluate
-from kdhiera.stages.frozen import CLIPS
-from kdhiera.stages.labelled import (
+from kdhiera.stages.evaluating.frozen import CLIPS
+from kdhiera.stages.evaluating.labelled import (
     SPLITS,
     Split,
     clips_identity,

@@ -21,7 +21,7 @@ from kdhiera.progress import make_progress
 from kdhiera.results import load_outcomes
 from kdhiera.stages.assemble import decode_limits, exported_student
 from kdhiera.stages.evaluate import EvaluateSummary, evaluate
-from kdhiera.stages.finetuning import _Training
+from kdhiera.stages.evaluating.finetuning import _Training
 from kdhiera.student.hiera import build
 
 COLOURS = {"red": 0, "blue": 2}

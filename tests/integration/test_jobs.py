@@ -7,9 +7,9 @@ import torch
 from kdhiera.config import EvaluateConfig
 from kdhiera.evaluation.knn import knn_predict
 from kdhiera.evaluation.probe import linear_probe
-from kdhiera.stages.frozen import Features, FrozenModel
-from kdhiera.stages.jobs import jobs
-from kdhiera.stages.labelled import UNKNOWN, Split, tasks
+from kdhiera.stages.evaluating.frozen import Features, FrozenModel
+from kdhiera.stages.evaluating.jobs import jobs
+from kdhiera.stages.evaluating.labelled import UNKNOWN, Split, tasks
 
 SIZES = {"train": 60, "validation": 20, "test": 15}
 VIEWS = 4

@@ -22,8 +22,8 @@ from kdhiera.errors import MismatchError, UsageError
 from kdhiera.masking import MaskSpec, Scope, Strategy
 from kdhiera.progress import make_progress
 from kdhiera.stages.distill import distill
+from kdhiera.stages.distillation.source import Opened, open_source
 from kdhiera.stages.extract_teachers import extract
-from kdhiera.stages.open_source import Opened, open_source
 from kdhiera.training.batches import Batch, make_batch, position_of
 from kdhiera.training.metrics import read_metrics
 

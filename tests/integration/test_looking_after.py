@@ -28,9 +28,9 @@ from kdhiera.progress import Progress, make_progress
 from kdhiera.stages import extract_plan, extract_worker
 from kdhiera.stages.assemble import featurizer_of
 from kdhiera.stages.cache_diff import diff_cache
+from kdhiera.stages.distillation.source import open_cache
 from kdhiera.stages.extract_teachers import extract
-from kdhiera.stages.open_source import open_cache
-from kdhiera.stages.sources import SourceStatus
+from kdhiera.stages.replaying.sources import SourceStatus
 from kdhiera.stages.verify import CacheReport, check_cache
 
 MakeRun = Callable[..., RunConfig]

@@ -16,9 +16,9 @@ from kdhiera.objective.targets import PhiS
 from kdhiera.progress import Progress, make_progress
 from kdhiera.stages.assemble import columns_of
 from kdhiera.stages.distill import distill, student_of
+from kdhiera.stages.distillation.source import open_cache
+from kdhiera.stages.distillation.statistics import calibration_reads
 from kdhiera.stages.export import export_original
-from kdhiera.stages.open_source import open_cache
-from kdhiera.stages.statistics import calibration_reads
 from kdhiera.student.export import load_exported
 from kdhiera.training import checkpoint
 from kdhiera.training.metrics import read_metrics

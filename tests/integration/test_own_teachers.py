@@ -21,8 +21,8 @@ from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.progress import Progress, make_progress
 from kdhiera.stages import open_source as sources_stage
 from kdhiera.stages.distill import distill
+from kdhiera.stages.distillation.source import open_source
 from kdhiera.stages.extract_teachers import extract
-from kdhiera.stages.open_source import open_source
 
 MakeRun = Callable[..., RunConfig]
 TESTS = Path(__file__).parents[1]

@@ -14,7 +14,8 @@ from kdhiera.config import RunConfig
 from kdhiera.errors import UsageError
 from kdhiera.progress import make_progress
 from kdhiera.stages.extract_teachers import extract
-from kdhiera.stages.plan import RunPlan, makespan, plan_run
+from kdhiera.stages.plan import makespan, plan_run
+from kdhiera.stages.planning.figures import RunPlan
 
 MakeRun = Callable[..., RunConfig]
 CLIPS = 24  # all there are

@@ -11,8 +11,8 @@ from kdhiera.demo.prepare import Prepared
 from kdhiera.objective.targets import normalise
 from kdhiera.progress import Progress, make_progress
 from kdhiera.stages.distill import distill, student_of
+from kdhiera.stages.distillation.source import open_source
 from kdhiera.stages.extract_teachers import extract
-from kdhiera.stages.open_source import open_source
 from kdhiera.training.batches import batches
 from kdhiera.training.metrics import read_metrics
 

@@ -21,8 +21,8 @@ from kdhiera.objective.losses import RunningMean
 from kdhiera.objective.targets import normalise
 from kdhiera.progress import Progress, make_progress
 from kdhiera.stages.distill import distill, student_of
+from kdhiera.stages.distillation.source import open_source
 from kdhiera.stages.extract_teachers import extract
-from kdhiera.stages.open_source import open_source
 from kdhiera.stages.show import Kind, draw, parse_kinds, show
 from kdhiera.training.batches import Position, make_batch
 from kdhiera.training.checkpoint import load_latest

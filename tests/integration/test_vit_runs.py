@@ -13,10 +13,10 @@ from kdhiera.config import RunConfig
 from kdhiera.errors import MismatchError, StoppedError, UsageError
 from kdhiera.progress import Progress, make_progress
 from kdhiera.stages.distill import distill, student_of
+from kdhiera.stages.distillation.source import open_cache
 from kdhiera.stages.evaluate import evaluate
 from kdhiera.stages.export import export_original
-from kdhiera.stages.open_source import open_cache
-from kdhiera.stages.picture_clips import clip_figures
+from kdhiera.stages.pictures.clips import clip_figures
 from kdhiera.student.export import load_exported
 from kdhiera.student.vit import VitStudent
 from kdhiera.training.metrics import read_metrics

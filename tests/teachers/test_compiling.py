@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from kdhiera.config import TeacherConfig
 from kdhiera.errors import UsageError
-from kdhiera.stages.replay import ARITHMETIC
+from kdhiera.stages.replaying.replay import ARITHMETIC
 from kdhiera.teachers.compiling import compile_blocks
 
 

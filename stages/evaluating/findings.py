@@ -12,8 +12,8 @@ from kdhiera.config import EvaluateConfig
 from kdhiera.evaluation.bootstrap import bootstrap_difference, bootstrap_interval
 from kdhiera.evaluation.scores import TOP, Scored, top_right
 from kdhiera.results import ClassCount, Comparison, Interval, Measure, Outcomes, PerClass, Result
-from kdhiera.stages.jobs import Job
-from kdhiera.stages.labelled import UNKNOWN, Splits, Task
+from kdhiera.stages.evaluating.jobs import Job
+from kdhiera.stages.evaluating.labelled import UNKNOWN, Splits, Task
 
 
 @dataclass(frozen=True, kw_only=True)

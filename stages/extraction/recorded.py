@@ -16,7 +16,7 @@ from kdhiera.config import RunConfig
 from kdhiera.config.loading import parse_run
 from kdhiera.data.clip import shown
 from kdhiera.errors import UsageError
-from kdhiera.stages.extract_plan import identify
+from kdhiera.stages.extraction.plan import identify
 
 NOT_RECORDED = (
     "the cache does not record what made its columns: give --config CONFIG to run the teachers"

@@ -17,8 +17,8 @@ from kdhiera.data.packing import ShardWriter, describe_sample, sample_bytes
 from kdhiera.data.sandbox import Sandbox
 from kdhiera.errors import KdhieraError, StoppedError
 from kdhiera.progress import Progress
-from kdhiera.stages.pack_journal import Journal, PackedShard, shard_name
-from kdhiera.stages.pack_order import PackSettings
+from kdhiera.stages.packing.journal import Journal, PackedShard, shard_name
+from kdhiera.stages.packing.order import PackSettings
 from kdhiera.stopping import stop_on_signals
 from kdhiera.storage import atomic_file
 from kdhiera.views import RowStatus

@@ -13,8 +13,8 @@ from kdhiera.errors import MismatchError
 from kdhiera.progress import make_progress
 from kdhiera.results import load_outcomes
 from kdhiera.stages.distill import FREE_SETTINGS, distill, identity_of
+from kdhiera.stages.distillation.source import begun_with, open_cache
 from kdhiera.stages.evaluate import evaluate
-from kdhiera.stages.open_source import begun_with, open_cache
 from kdhiera.student.macs import visible_macs
 from kdhiera.training.loop import check_resumable
 from kdhiera.training.metrics import read_metrics

@@ -34,8 +34,8 @@ from kdhiera.data.shards import Sample
 from kdhiera.featurize import Featurized, Featurizer, Layers, TargetKey
 from kdhiera.progress import Progress
 from kdhiera.stages.assemble import provenance
-from kdhiera.stages.extract_plan import Identities
-from kdhiera.stages.extract_worker import row_of
+from kdhiera.stages.extraction.plan import Identities
+from kdhiera.stages.extraction.worker import row_of
 
 _PART = PartId(shard_id="trial", view=0)
 _BASE = ("rows", "units", "scores", "pixels")

@@ -22,8 +22,8 @@ from kdhiera.evaluation.probe import linear_probe
 from kdhiera.evaluation.scores import Scored, mean_over_views
 from kdhiera.evaluation.subsets import labelled_subset
 from kdhiera.results import Measure
-from kdhiera.stages.frozen import READOUTS, Features, FrozenModel
-from kdhiera.stages.labelled import Splits, Task, splits_digest
+from kdhiera.stages.evaluating.frozen import READOUTS, Features, FrozenModel
+from kdhiera.stages.evaluating.labelled import Splits, Task, splits_digest
 
 METHODS = {
     "knn": "k-NN",

@@ -12,7 +12,7 @@ from typing import TypeVar
 from kdhiera.data.clip import VideoInfo
 from kdhiera.grid import UNIT_PX
 from kdhiera.progress import counted
-from kdhiera.stages.pack_order import REST, WHOLE
+from kdhiera.stages.packing.order import REST, WHOLE
 
 CLIP_SECONDS = 2.0  # K400: 16 frames, 4 apart, at 30 a second
 _SHARE_LONG_ENOUGH = 0.9

@@ -13,7 +13,7 @@ from kdhiera.cache.records import Versions
 from kdhiera.config import RunConfig
 from kdhiera.errors import KdhieraError, MismatchError
 from kdhiera.stages.assemble import columns_of, versions
-from kdhiera.stages.replay import NoSourceError, replay_rows
+from kdhiera.stages.replaying.replay import NoSourceError, replay_rows
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from kdhiera.grid import TOKENS_PER_UNIT
 from kdhiera.objective.targets import normalise
 from kdhiera.progress import Progress
 from kdhiera.report.agreement import AgreementPicture, Fit, show_agreement
-from kdhiera.stages.open_source import Opened, begun_with, open_source
-from kdhiera.stages.trained import (
+from kdhiera.stages.distillation.source import Opened, begun_with, open_source
+from kdhiera.stages.distillation.trained import (
     Trained,
     fresh_of,
     newest_checkpoint,

@@ -15,10 +15,10 @@ from kdhiera.evaluation.scores import Scored
 from kdhiera.featurize import Featurizer
 from kdhiera.progress import Progress
 from kdhiera.stages.assemble import exported_student, featurizer_of
-from kdhiera.stages.finetuning import finetuned, training_policy
-from kdhiera.stages.frozen import FrozenModel, Model, student_model, teacher_model
-from kdhiera.stages.jobs import TrainedModel
-from kdhiera.stages.labelled import Splits, Task, settings_of
+from kdhiera.stages.evaluating.finetuning import finetuned, training_policy
+from kdhiera.stages.evaluating.frozen import FrozenModel, Model, student_model, teacher_model
+from kdhiera.stages.evaluating.jobs import TrainedModel
+from kdhiera.stages.evaluating.labelled import Splits, Task, settings_of
 from kdhiera.storage import file_sha256
 from kdhiera.student.base import Student
 from kdhiera.student.build import build_student

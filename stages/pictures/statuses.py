@@ -23,7 +23,7 @@ from kdhiera.progress import Progress
 from kdhiera.report.statuses import MEANINGS, NUM_THUMBS, Offender, StatusPicture, show_statuses
 from kdhiera.stages.assemble import columns_of, decode_limits
 from kdhiera.stages.bad_rows import BadRow, RowStatuses, open_for, statuses_of
-from kdhiera.stages.choose import ShardFinder
+from kdhiera.stages.replaying.choose import ShardFinder
 from kdhiera.views import CropPolicy, FramePolicy, ViewPolicy
 
 A_STATUS, IN_ALL = 3, 8  # offenders shown

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from kdhiera.grid import UNIT_PX
 from kdhiera.progress import counted
-from kdhiera.stages.init_fit import Fit, Seen, Teachers, describe_videos, learnt_of
-from kdhiera.stages.pack_order import EXTENSIONS
+from kdhiera.stages.initialising.fit import Fit, Seen, Teachers, describe_videos, learnt_of
+from kdhiera.stages.packing.order import EXTENSIONS
 
 DEMO_TEACHERS = Path("demo-data/teachers")
 

@@ -8,7 +8,7 @@ from kdhiera.progress import counted, human_bytes, human_seconds
 from kdhiera.report.tables import Table, to_text
 
 if TYPE_CHECKING:
-    from kdhiera.stages.plan import RunPlan
+    from kdhiera.stages.planning.figures import RunPlan
 
 
 _BUSY = 0.8  # share of the CPUs; with less, others are at work

@@ -31,7 +31,7 @@ from kdhiera.progress import Progress
 from kdhiera.stages.assemble import decode_limits
 from kdhiera.stages.clips import clips_at
 from kdhiera.stages.distill import student_of
-from kdhiera.stages.open_source import open_cache
+from kdhiera.stages.distillation.source import open_cache
 from kdhiera.training.batches import ClipSource, Prefetcher, batches
 from kdhiera.training.optim import build_schedule
 from kdhiera.training.step import Learner

@@ -28,7 +28,7 @@ from kdhiera.devices import resolve_device
 from kdhiera.errors import UsageError
 from kdhiera.objective.targets import NEEDS_STATISTICS, Statistics
 from kdhiera.stages.assemble import decode_limits, featurizer_of
-from kdhiera.stages.statistics import statistics_of
+from kdhiera.stages.distillation.statistics import statistics_of
 from kdhiera.teachers.build import warn_of_scores
 from kdhiera.training.batches import ClipSource
 from kdhiera.training.live import LIVE_ENCODING, LiveSource

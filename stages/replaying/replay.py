@@ -32,7 +32,7 @@ from kdhiera.errors import KdhieraError
 from kdhiera.featurize import Featurized, Featurizer
 from kdhiera.progress import Progress
 from kdhiera.stages.assemble import decode_limits, featurizer_of
-from kdhiera.stages.choose import Columns, ShardFinder, choose_rows
+from kdhiera.stages.replaying.choose import Columns, ShardFinder, choose_rows
 from kdhiera.views import RowStatus
 
 ARITHMETIC = {"fp32": 1e-6, "bf16": 1e-2}  # share of the centred variance that kernels may move

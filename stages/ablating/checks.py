@@ -8,10 +8,10 @@ from kdhiera.config.ablation import AblationConfig, PlannedRun
 from kdhiera.data.patterns import expand
 from kdhiera.errors import DamagedError, MismatchError, UsageError
 from kdhiera.progress import counted
+from kdhiera.stages.ablating.trial import check_folder
 from kdhiera.stages.distill import preflight
-from kdhiera.stages.jobs import METHODS
-from kdhiera.stages.models import RANDOM, SCRATCH, STUDENT
-from kdhiera.stages.trial import check_folder
+from kdhiera.stages.evaluating.jobs import METHODS
+from kdhiera.stages.evaluating.models import RANDOM, SCRATCH, STUDENT
 
 
 def check_metrics(config: AblationConfig, runs: Sequence[PlannedRun]) -> None:

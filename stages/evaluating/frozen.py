@@ -29,7 +29,7 @@ from kdhiera.featurize import Featurizer
 from kdhiera.progress import Progress
 from kdhiera.stages.assemble import decode_limits
 from kdhiera.stages.clips import ClipBatch, clip_batches, mapped
-from kdhiera.stages.labelled import (
+from kdhiera.stages.evaluating.labelled import (
     SPLITS,
     Shards,
     Split,

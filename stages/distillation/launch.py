@@ -15,7 +15,7 @@ from kdhiera.config import RunConfig, load
 from kdhiera.errors import KdhieraError
 from kdhiera.progress import Progress, make_progress
 from kdhiera.stages.distill import DistillSummary, distill
-from kdhiera.stages.distill_workers import distill_on_ray
+from kdhiera.stages.distillation.workers import distill_on_ray
 from kdhiera.training.ranks import joined
 
 

@@ -23,7 +23,7 @@ from kdhiera.evaluation.scores import Scored, mean_over_views
 from kdhiera.progress import Progress
 from kdhiera.stages.assemble import decode_limits
 from kdhiera.stages.clips import Place, clips_at
-from kdhiera.stages.labelled import Splits, Task, evaluation_policy, settings_of
+from kdhiera.stages.evaluating.labelled import Splits, Task, evaluation_policy, settings_of
 from kdhiera.student.base import Student
 from kdhiera.views import CropPolicy, FramePolicy, ViewPolicy, stable_key
 

@@ -14,7 +14,7 @@ from kdhiera.config import RunConfig
 from kdhiera.devices import resolve_device
 from kdhiera.objective.targets import TargetSpec
 from kdhiera.stages.distill import identity_of, student_of
-from kdhiera.stages.open_source import Opened
+from kdhiera.stages.distillation.source import Opened
 from kdhiera.student.base import Student
 from kdhiera.training.checkpoint import load_latest
 from kdhiera.training.loop import CHECKPOINTS, check_identity

@@ -22,7 +22,7 @@ from kdhiera.data.tars import ShardError
 from kdhiera.devices import resolve_device, resolve_precision
 from kdhiera.errors import UsageError
 from kdhiera.stages.assemble import columns_of, versions
-from kdhiera.stages.extract_worker import BasisTask, PartTask
+from kdhiera.stages.extraction.worker import BasisTask, PartTask
 from kdhiera.stores import open_store
 from kdhiera.teachers.base import Teacher
 from kdhiera.teachers.build import build_teachers, check_teachers, warn_of_scores

@@ -22,7 +22,7 @@ import torch
 from kdhiera.config import RunConfig
 from kdhiera.devices import resolve_device
 from kdhiera.errors import DamagedError, KdhieraError, StoppedError, UsageError
-from kdhiera.stages.extract_worker import PartExtractor, PartResult, Task
+from kdhiera.stages.extraction.worker import PartExtractor, PartResult, Task
 from kdhiera.stages.ray_session import num_cpus, ray_session
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""A run of an ablation, and what can be refused before the first."""

@@ -1,0 +1,1 @@
+"""What `evaluate` is made of: labelled clips, models, features, and every number once."""

@@ -1,0 +1,1 @@
+"""What `initialise` is made of: numbers that fit some shards, and the text around them."""

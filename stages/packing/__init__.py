@@ -1,0 +1,1 @@
+"""What `pack` is made of: the order of the videos, their shards, and the journal."""

@@ -1,0 +1,1 @@
+"""What `show` draws: clips, agreement, statuses."""

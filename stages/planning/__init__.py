@@ -1,0 +1,1 @@
+"""What `plan` is made of: bytes and seconds of a trial, and the screen that shows them."""

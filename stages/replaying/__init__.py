@@ -1,0 +1,1 @@
+"""What `verify` and `replay_key` share: stored rows, chosen and made again."""
