@@ -25,11 +25,12 @@ from kdhiera.config import RunConfig, load
 from kdhiera.errors import ExitCode, KdhieraError, MismatchError, UsageError
 from kdhiera.featurize import Featurizer
 from kdhiera.progress import Progress, make_progress
-from kdhiera.stages import extract_plan, extract_worker
 from kdhiera.stages.assemble import featurizer_of
 from kdhiera.stages.cache_diff import diff_cache
 from kdhiera.stages.distillation.source import open_cache
 from kdhiera.stages.extract_teachers import extract
+from kdhiera.stages.extraction import plan as extract_plan
+from kdhiera.stages.extraction import worker as extract_worker
 from kdhiera.stages.replaying.sources import SourceStatus
 from kdhiera.stages.verify import CacheReport, check_cache
 

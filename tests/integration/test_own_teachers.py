@@ -19,8 +19,8 @@ from kdhiera.cache.commit import Cache
 from kdhiera.config import RunConfig
 from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.progress import Progress, make_progress
-from kdhiera.stages import open_source as sources_stage
 from kdhiera.stages.distill import distill
+from kdhiera.stages.distillation import source as sources_stage
 from kdhiera.stages.distillation.source import open_source
 from kdhiera.stages.extract_teachers import extract
 
