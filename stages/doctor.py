@@ -28,11 +28,12 @@ from kdhiera.data.made import LEVELS, make_video
 from kdhiera.data.sandbox import Sandbox
 from kdhiera.devices import resolve_precision
 from kdhiera.errors import KdhieraError
+from kdhiera.machine import num_cpus
 from kdhiera.progress import counted, human_bytes
 from kdhiera.stages.assemble import decode_limits
 from kdhiera.stages.check_config import check_run
 from kdhiera.stages.checks import Check, Checks, Verdict, attempt, fail, ok, warn
-from kdhiera.stages.environment import PACKAGES, device_name, num_cpus, package_versions
+from kdhiera.stages.environment import PACKAGES, device_name, package_versions
 from kdhiera.stages.ray_session import ray_session
 from kdhiera.stores import open_store
 from kdhiera.views import CropPolicy, FramePolicy, ViewPolicy

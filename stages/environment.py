@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from kdhiera import __version__
+from kdhiera.machine import num_cpus
 from kdhiera.storage import make_folder, write_atomic
 
 ENVIRONMENT = "environment.json"
@@ -68,11 +68,6 @@ def package_versions(packages: Sequence[str]) -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def num_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name(device: torch.device) -> str:

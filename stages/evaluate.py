@@ -20,7 +20,7 @@ from kdhiera.cache.fingerprint import fingerprint
 from kdhiera.config import EvaluateConfig, RunConfig
 from kdhiera.data.patterns import expand
 from kdhiera.data.shards import index_shards
-from kdhiera.devices import resolve_device
+from kdhiera.devices import resolve_device, threads
 from kdhiera.errors import DamagedError, UsageError
 from kdhiera.evaluation.attentive import check_heads
 from kdhiera.evaluation.kept import Kept
@@ -157,7 +157,8 @@ def evaluate(
         logger.info("this student was evaluated before: results are those of %s", files.document)
         return done
     own, others = Kept(folder / "measured"), Kept(baselines or folder / "baselines")
-    splits, features, scored = _measured(config, shards, export, own, others, progress)
+    with threads(config.train.num_threads):
+        splits, features, scored = _measured(config, shards, export, own, others, progress)
     record_environment(folder, "evaluate", device=resolve_device(config.train.device))
     found = put_together(settings, splits, scored, pairs={STUDENT: (RANDOM, SCRATCH)})
     num_groups = {name: len(set(values)) for name, values in found.outcomes.groups.items()}

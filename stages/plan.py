@@ -22,7 +22,7 @@ from kdhiera.cache.encoding import ENCODINGS
 from kdhiera.cache.fingerprint import mask_plan_of
 from kdhiera.config import RunConfig
 from kdhiera.config.videos import ViewsConfig
-from kdhiera.devices import resolve_device
+from kdhiera.devices import resolve_device, threads
 from kdhiera.errors import UsageError
 from kdhiera.featurize import Featurizer
 from kdhiera.progress import Progress
@@ -47,7 +47,6 @@ from kdhiera.stages.planning.times import (
     Work,
     decode_clips,
     teacher_macs,
-    threads,
     time_features,
     time_steps,
     time_teacher,

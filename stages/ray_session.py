@@ -13,6 +13,7 @@ from typing import Any
 
 from kdhiera.config import RayConfig
 from kdhiera.errors import UsageError
+from kdhiera.machine import num_cpus
 
 
 @contextmanager
@@ -35,12 +36,6 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     finally:
         if started_here:
             ray.shutdown()
-
-
-def num_cpus() -> int:
-    """CPUs that Ray gets where it is started on this machine."""
-    found = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
-    return found or 1
 
 
 def _set_environment(config: RayConfig) -> None:

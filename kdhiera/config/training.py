@@ -152,7 +152,8 @@ class TrainConfig(Section):
         save_every: Epochs between checkpoints.
         keep_last: Checkpoints kept.
         prefetch: Batches read ahead.
-        num_threads: CPU threads of the loop; 0 leaves torch's own choice.
+        num_threads: CPU threads of the loop, and of an evaluation; 0 leaves torch's own
+            choice, and lets an evaluation take all CPUs.
         compile: Compile forward and losses with `torch.compile`, once for every ratio (torch
             compiles eight, and runs those after them as they are).
         grad_checkpointing: Compute the student's blocks again in the backward pass instead of

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kdhiera.config import ObjectiveConfig, TrainConfig
-from kdhiera.devices import resolve_device, resolve_precision
+from kdhiera.devices import resolve_device, resolve_precision, threads
 from kdhiera.errors import KdhieraError, MismatchError, StoppedError, UsageError
 from kdhiera.masking import MaskSchedule
 from kdhiera.objective.targets import TargetSpec
@@ -187,7 +187,7 @@ def train(
     task = progress.start("distill", steps, "steps")
     progress.advance(task, done)
     with (
-        _num_threads(config.num_threads),
+        threads(config.num_threads),
         stop_on_signals() as signalled,
         MetricLog(run_dir, steps_done=done) if ranks.is_first else nullcontext() as log,
         Prefetcher(ahead, depth=config.prefetch, pin_memory=device.type == "cuda") as ready,
@@ -285,17 +285,6 @@ def _timed(source: Iterator[Batch] | Prefetcher) -> Iterator[tuple[Batch, float]
         if batch is None:
             return
         yield batch, time.perf_counter() - asked
-
-
-@contextmanager
-def _num_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def check_resumable(run_dir: Path, identity: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +19,7 @@ from kdhiera.devices import resolve_device, resolve_precision
 from kdhiera.errors import KdhieraError, UsageError
 from kdhiera.evaluation.finetune import Batch, Classifier, finetune
 from kdhiera.evaluation.scores import Scored, mean_over_views
+from kdhiera.machine import num_cpus
 from kdhiera.progress import Progress
 from kdhiera.stages.assemble import decode_limits
 from kdhiera.stages.clips import Place, clips_at
@@ -73,7 +73,7 @@ def finetuned(
         seed=seed,
     )
     bar = progress.start(description, recipe.epochs * train.clips_per_epoch, "clips")
-    children = os.cpu_count() or 1
+    children = config.train.num_threads or num_cpus()
     with Sandbox(decode_limits(config.decode), num_children=children) as sandbox:
         finetune(
             classifier,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from kdhiera.devices import resolve_device
 from kdhiera.errors import UsageError
 from kdhiera.evaluation.kept import Kept, from_text_array, text_array
 from kdhiera.featurize import Featurizer
+from kdhiera.machine import num_cpus
 from kdhiera.progress import Progress
 from kdhiera.stages.assemble import decode_limits
 from kdhiera.stages.clips import ClipBatch, clip_batches, mapped
@@ -231,7 +231,7 @@ class FrozenStage:
         device = resolve_device(self.config.train.device)
         running = {model.key: model.load() for model in models}
         # On CPUs a batch a core with one thread each is faster than one batch with all of them.
-        workers = 1 if device.type == "cuda" else os.cpu_count() or 1
+        workers = 1 if device.type == "cuda" else self.config.train.num_threads or num_cpus()
         start = (lambda: None) if device.type == "cuda" else partial(torch.set_num_threads, 1)
         splits: dict[str, Split] = {}
         pooled: dict[str, dict[str, dict[str, np.ndarray]]] = {

@@ -22,8 +22,9 @@ import torch
 from kdhiera.config import RunConfig
 from kdhiera.devices import resolve_device
 from kdhiera.errors import DamagedError, KdhieraError, StoppedError, UsageError
+from kdhiera.machine import num_cpus
 from kdhiera.stages.extraction.worker import PartExtractor, PartResult, Task
-from kdhiera.stages.ray_session import num_cpus, ray_session
+from kdhiera.stages.ray_session import ray_session
 
 logger = logging.getLogger(__name__)
 

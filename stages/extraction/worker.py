@@ -34,6 +34,7 @@ from kdhiera.data.shards import Sample, ShardIndex, ShardPass
 from kdhiera.devices import resolve_device
 from kdhiera.errors import KdhieraError, StoppedError
 from kdhiera.featurize import Featurized
+from kdhiera.machine import few_arenas
 from kdhiera.stages.assemble import (
     columns_of,
     decode_limits,
@@ -135,6 +136,7 @@ class PartExtractor:
         self._rows = self._bad = 0
         device = resolve_device(config.extract.device)
         torch.set_num_threads(config.extract.cpus_per_actor)
+        few_arenas()
         self._cache = Cache.open(config.cache.dir)
         self._featurizer = featurizer_of(config, device=device, plan=self._cache.mask_plan)
         self._check_columns()

@@ -16,6 +16,7 @@ from kdhiera.data.folders import Skipped, VideoFile
 from kdhiera.data.packing import ShardWriter, describe_sample, sample_bytes
 from kdhiera.data.sandbox import Sandbox
 from kdhiera.errors import KdhieraError, StoppedError
+from kdhiera.machine import num_cpus
 from kdhiera.progress import Progress
 from kdhiera.stages.packing.journal import Journal, PackedShard, shard_name
 from kdhiera.stages.packing.order import PackSettings
@@ -53,7 +54,7 @@ def fill(
     if not total:
         return
     limits = DecodeLimits(**DecodeConfig().model_dump(exclude={"num_children"}))
-    children = settings.num_children or os.cpu_count() or 1
+    children = settings.num_children or num_cpus()
     num_skipped = 0
 
     def advance(packed: int, skipped: int) -> None:

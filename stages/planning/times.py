@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -256,17 +255,6 @@ def time_steps(config: RunConfig) -> dict[float, float]:
         spec.ratio: _step_seconds(config, learner, source, spec)
         for spec in config.mask_schedule.phases
     }
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """So many of torch's threads within the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, kw_only=True)
