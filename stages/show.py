@@ -140,6 +140,9 @@ def show(
     paths = tuple(target / f"{drawn.name}.png" for drawn in drawing.pictures)
     for path, drawn in zip(paths, drawing.pictures, strict=True):
         save(drawn.figure, path)
+    if Kind.CLIPS in kinds:  # of an earlier call with more clips
+        for path in set(target.glob("clip-[0-9][0-9].png")) - set(paths):
+            path.unlink()
     return ShowSummary(paths=paths, drawing=drawing)
 
 

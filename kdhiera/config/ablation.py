@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from kdhiera.config.loading import apply, assign, parse, parse_run, read_raw
 from kdhiera.config.run import RunConfig
-from kdhiera.config.section import Name, Section
+from kdhiera.config.section import LocalFolder, Name, Section
 from kdhiera.errors import UsageError
 
 Changes = Mapping[str, Any]  # values by dotted key; a section without a dot is merged into
@@ -115,7 +115,7 @@ class AblationConfig(Section):
     """
 
     name: Name
-    run_dir: str
+    run_dir: LocalFolder
     base: str
     overrides: Changes = Field(default_factory=dict)
     variants: Mapping[VariantName, Changes] = {}
@@ -125,7 +125,7 @@ class AblationConfig(Section):
     per_seed: Mapping[int, Changes] = {}
     metric: MetricConfig | None = None
     questions: tuple[QuestionConfig, ...] = ()
-    records: str | None = None
+    records: LocalFolder | None = None
     cpus: int = Field(1, ge=1)
     gpus: float = Field(0.0, ge=0)
 

@@ -101,6 +101,9 @@ def _refuse_secrets(config: RunConfig) -> None:
     if config.evaluate is not None:
         for split in ("train", "validation", "test"):
             addresses[f"evaluate.{split}"] = getattr(config.evaluate, split)
+    for name, teacher in config.teachers.items():
+        addresses[f"teachers.{name}.weights"] = (teacher.weights or "",)
+    addresses["student.init"] = (config.student.init or "",)
     for what, values in addresses.items():
         for address in values:
             refuse_secrets(address, what)

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from kdhiera.config.cache import CacheConfig, ExtractConfig, MaskPlanConfig, RayConfig
 from kdhiera.config.evaluation import EvaluateConfig
-from kdhiera.config.section import Name, Section
+from kdhiera.config.section import LocalFolder, Name, Section
 from kdhiera.config.teachers import ScoresConfig, TeacherConfig
 from kdhiera.config.training import ObjectiveConfig, StudentConfig, TrainConfig
 from kdhiera.config.videos import ClipConfig, DataConfig, DecodeConfig, ViewsConfig
@@ -27,7 +27,7 @@ class RunConfig(Section):
     """
 
     name: Name
-    run_dir: str
+    run_dir: LocalFolder
     data: DataConfig
     clip: ClipConfig = ClipConfig()
     views: ViewsConfig = ViewsConfig()

@@ -93,6 +93,8 @@ def test_all_kinds_are_drawn_and_the_offenders_are_named(
 ) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(trained.model_dump(mode="json", exclude_none=True)))
+    stale = tmp_path / "clip-01.png"
+    stale.touch()
     monkeypatch.setattr(
         "sys.argv", ["kdhiera", "show", str(path), "--clips", "1", "--out", str(tmp_path), "--json"]
     )
@@ -100,6 +102,7 @@ def test_all_kinds_are_drawn_and_the_offenders_are_named(
         main()
     assert ended.value.code == 0
     told = json.loads(capsys.readouterr().out)
+    assert not stale.exists()
     names = ["clip-00", "masks", "agreement", "statuses"]
     assert [p["path"] for p in told["pictures"]] == [str(tmp_path / f"{n}.png") for n in names]
     assert told["left_out"] == {}
