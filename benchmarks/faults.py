@@ -242,7 +242,7 @@ def disk_full(campaign: Campaign, rng: random.Random) -> Generator[Row, None, No
             started = time.monotonic()
             cache = disk / "cache"
             code = campaign.start(cache).wait(WAIT_SECONDS)
-            words = campaign.errors().strip().splitlines()[-1:]
+            words = campaign.errors().replace(str(disk), "DISK").strip().splitlines()[-1:]
             equal = campaign.equal(cache, whole=code == 0)
             parts = len(digests(cache))
             more = f"remount,size={10 * needed}"
