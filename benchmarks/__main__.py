@@ -17,6 +17,7 @@ from benchmarks import (
     read,
     reference_step,
     scale,
+    soak,
     startup,
     students,
     teachers,
@@ -38,10 +39,12 @@ BENCHMARKS = {
     "teachers": teachers.run,
     "students": students.run,
     "faults": faults.run,
+    "soak": soak.run,
 }
-ON_REQUEST = (  # three quarters of an hour; needs a package that this project does not install
-    "faults",
-    "reference_step",
+ON_REQUEST = (
+    "faults",  # three quarters of an hour
+    "soak",  # more than an hour
+    "reference_step",  # needs a package that this project does not install
 )
 
 
