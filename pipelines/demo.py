@@ -10,15 +10,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from kdhiera.config import load
+from kdhiera.config import RunConfig, load
+from kdhiera.data.patterns import expand
 from kdhiera.demo.controls import pooled_features, read_clips, run_controls
-from kdhiera.demo.prepare import Prepared, prepare
+from kdhiera.demo.prepare import prepare
 from kdhiera.demo.task import SPLITS, TaskSpec
 from kdhiera.pipelines.pretrain import pretrain, run, say_on_stdout
 from kdhiera.progress import Progress
 from kdhiera.report.tables import percent
 from kdhiera.results import Control
 from kdhiera.stages.evaluate import EvaluateSummary
+from kdhiera.stages.evaluating.labelled import settings_of
 
 CONFIG = "configs/demo.yaml"
 ROOT = Path("demo-data")
@@ -47,13 +49,14 @@ def demo(overrides: list[str], progress: Progress) -> None:
         config,
         progress=progress,
         say=say_on_stdout,
-        controls=lambda evaluated: _controls(prepared, evaluated),
+        controls=lambda evaluated: _controls(config, evaluated),
     )
 
 
-def _controls(prepared: Prepared, evaluated: EvaluateSummary) -> tuple[Control, ...]:
-    """Run and print the controls of the labelled task."""
-    shards = {name: getattr(prepared, name) for name in SPLITS}
+def _controls(config: RunConfig, evaluated: EvaluateSummary) -> tuple[Control, ...]:
+    """Run and print the controls of the labelled task, on the clips that were evaluated."""
+    settings = settings_of(config)
+    shards = {name: [Path(p) for p in expand(getattr(settings, name))] for name in SPLITS}
     splits = {name: read_clips(s, size_px=TaskSpec().size_px) for name, s in shards.items()}
     pooled = pooled_features(Path(evaluated.features), POOLED_TEACHER)
     say_on_stdout("\n== controls: the sign of the motion, given its axis (chance 50 %) ==")

@@ -114,11 +114,12 @@ def test_version_and_resolved_config() -> None:
 def own_logging() -> Iterator[None]:
     """What a command sets up for its messages, taken down afterwards."""
     root = logging.getLogger()
-    before, level = list(root.handlers), root.level
+    own = logging.getLogger("kdhiera")
+    before, level = list(root.handlers), own.level
     root.handlers.clear()
     yield
     root.handlers[:] = before
-    root.setLevel(level)
+    own.setLevel(level)
 
 
 @pytest.mark.parametrize(

@@ -83,11 +83,8 @@ def _root(
 
         typer.echo(f"kdhiera {__version__}")
         raise typer.Exit
-    logging.basicConfig(
-        level=logging.WARNING if quiet else logging.INFO,
-        format="%(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("kdhiera").setLevel(logging.WARNING if quiet else logging.INFO)
     if debug:
         show_debug()
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,10 @@ def dying(operation: int) -> Iterator[None]:
         if next(numbers) >= operation:
             raise Died
 
-    with watched(before), contextlib.suppress(Died):
-        yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # the system closes files of the dead
+        with watched(before), contextlib.suppress(Died):
+            yield
 
 
 @dataclass(frozen=True, kw_only=True)
