@@ -6,6 +6,7 @@ import hashlib
 import subprocess
 import tarfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -50,9 +51,7 @@ class Campaign:
 
     def equal(self, cache: Path, *, whole: bool) -> bool:
         """Whether the committed parts hold what they should, and whether all are there."""
-        found = digests(cache)
-        same = all(self.calm.get(part) == digest for part, digest in found.items())
-        return same and (not whole or found.keys() == self.calm.keys())
+        return holds(digests(cache), self.calm, whole=whole)
 
 
 def digests(cache: Path) -> dict[str, str]:
@@ -74,6 +73,12 @@ def digests(cache: Path) -> dict[str, str]:
                 digest.update(column.encode() + array.tobytes())
         found[f"{part} {sorted(commits.columns)}"] = digest.hexdigest()
     return found
+
+
+def holds(found: Mapping[str, str], calm: Mapping[str, str], *, whole: bool) -> bool:
+    """Whether parts hold what those of the undisturbed run do, and whether all are there."""
+    same = all(calm.get(part) == digest for part, digest in found.items())
+    return same and (not whole or found.keys() == calm.keys())
 
 
 def prepare(folder: Path) -> Campaign:

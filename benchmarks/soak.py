@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.campaign import digests
+from benchmarks.campaign import digests, holds
 from benchmarks.processes import STRIKES, WAIT_SECONDS, actors, pause, send, start
 from benchmarks.report import RESULTS
 from kdhiera.training.metrics import read_metrics
@@ -158,10 +158,10 @@ def _storm(run: Run, stage: str, calm: Result, rng: random.Random, end: float) -
                 "strike": kind,
                 "instant_seconds": instant,
                 "exit_code": process.poll(),
-                "committed_equal": _committed_equal(run, calm),
+                "committed_equal": holds(digests(run.folder / "cache"), calm.parts, whole=False),
             }
         code = process.wait()
-        if code not in (0, RESUMABLE, -signal.SIGKILL, -signal.SIGTERM):
+        if code not in (0, RESUMABLE, -signal.SIGKILL):
             raise SystemExit(f"{stage} ended with {code}: {said.read_text()}")
 
 
@@ -174,11 +174,6 @@ def _strike(process: Any, kind: str) -> bool:
     if victims:
         STRIKES[kind](victims[0])
     return bool(victims)
-
-
-def _committed_equal(run: Run, calm: Result) -> bool:
-    found = digests(run.folder / "cache")
-    return all(calm.parts.get(part) == digest for part, digest in found.items())
 
 
 def _write(calm: Result, minutes: float, strikes: list[Row], rounds: list[Row]) -> None:
