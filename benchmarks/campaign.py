@@ -55,7 +55,7 @@ class Campaign:
 
 
 def digests(cache: Path) -> dict[str, str]:
-    """A hash of all that a reader gets from every committed part."""
+    """A hash of all that a reader gets from every commit; a part may have only some of its own."""
     if not (cache / "cache.json").exists():
         return {}
     opened = Cache.open(cache)
@@ -66,12 +66,14 @@ def digests(cache: Path) -> dict[str, str]:
             digest.update(repr((row.uid, row.status, row.view, row.clip_crc32c)).encode())
         for name in ("units", "scores", "pixels"):
             digest.update(read_array(opened, commits.base, f"base.zarr/{name}").tobytes())
+        found[f"{part}"] = digest.hexdigest()
         for column, commit in sorted(commits.columns.items()):
+            digest = hashlib.sha256()
             scale = ("scale",) if column.endswith(".int8") else ()
             for name in ("codes", *scale, "status"):
                 array = read_array(opened, commit, f"{column_group(column)}/{name}")
-                digest.update(column.encode() + array.tobytes())
-        found[f"{part} {sorted(commits.columns)}"] = digest.hexdigest()
+                digest.update(array.tobytes())
+            found[f"{part} {column}"] = digest.hexdigest()
     return found
 
 

@@ -83,7 +83,7 @@ def _struck(
                 "exit_code": code,
                 "as_expected": (code in ends or whole if struck else code == 0) and equal,
                 "digests_equal": equal,
-                "parts_committed": len(digests(cache)),
+                "commits": len(digests(cache)),
                 "seconds": time.monotonic() - started,
             }
 
@@ -125,7 +125,7 @@ def actors_struck(campaign: Campaign, rng: random.Random) -> Generator[Row, None
                 "exit_code": code,
                 "as_expected": code == 0 and equal,
                 "digests_equal": equal,
-                "parts_committed": len(digests(cache)),
+                "commits": len(digests(cache)),
                 "seconds": (time.monotonic() - started) / max(len(rows), 1),
             }
 
@@ -168,7 +168,7 @@ def deadly_shard(campaign: Campaign, rng: random.Random) -> Generator[Row, None,
             "exit_code": code,
             "as_expected": code == 5 and right,
             "digests_equal": None,
-            "parts_committed": len(done),
+            "commits": len(done),
             "given_up": named,
             "seconds": time.monotonic() - started,
         }
@@ -196,7 +196,7 @@ def node_lost(campaign: Campaign, rng: random.Random) -> Generator[Row, None, No
             "exit_code": code,
             "as_expected": code == 0 and equal,
             "digests_equal": equal,
-            "parts_committed": len(digests(cache)),
+            "commits": len(digests(cache)),
             "seconds": time.monotonic() - started,
         }
 
@@ -259,7 +259,7 @@ def disk_full(campaign: Campaign, rng: random.Random) -> Generator[Row, None, No
             "resumed_exit_code": resumed,
             "as_expected": code in (0, 1) and resumed == 0 and equal and whole,
             "digests_equal": equal and whole,
-            "parts_committed": parts,
+            "commits": parts,
             "said": words,
             "seconds": time.monotonic() - started,
         }
@@ -310,7 +310,7 @@ def _write(campaign: Campaign, rows: list[Row]) -> None:
     whole = hashlib.sha256(json.dumps(campaign.calm, sort_keys=True).encode()).hexdigest()
     content = {
         "command": "python -m benchmarks faults",
-        "parts": len(campaign.calm),
+        "calm_commits": len(campaign.calm),
         "calm_digest": whole,
         "calm_work_seconds": campaign.work_seconds,
         "trials": Counter(row["failure"] for row in rows),

@@ -43,7 +43,7 @@ class Result:
     """What both stages leave.
 
     Args:
-        parts: Digest of every part of the cache.
+        parts: Digest of every commit of the cache.
         weights: Digest of the exported student.
         losses: Digest of the loss of every step.
     """
@@ -180,7 +180,7 @@ def _write(calm: Result, minutes: float, strikes: list[Row], rounds: list[Row]) 
     content = {
         "command": f"python -m benchmarks.soak --minutes {minutes:g}",
         "seed": 0,
-        "calm": {**asdict(calm), "parts": len(calm.parts)},
+        "calm": {**asdict(calm), "commits": len(calm.parts)},
         "strikes": Counter(f"{row['stage']}: {row['strike']}" for row in strikes),
         "rounds": rounds,
         "rows": strikes,
